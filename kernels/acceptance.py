@@ -4,11 +4,11 @@ import torch
 from kernels import use_triton
 
 
-def score_nodes(logits, tokens, parents, temperature=0.0, uniform=None):
+def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
     """What the target chooses at every node, and what it thinks of every node's token.
 
     logits   [B, N, V]  the target's logits after each node; -inf masks a token out
-    tokens   [B, N]     node tokens; node 0 is the root
+    tokens   [B, N]     node tokens; node 0 is the root. None: only the choices are wanted, log_prob is None
     parents  [B, N]     index of each node's parent; the root is its own parent
     temperature         0: the choice is the arg-max (the lowest index among ties), and log_prob is at temperature 1;
                         otherwise both are at this temperature
@@ -20,15 +20,16 @@ def score_nodes(logits, tokens, parents, temperature=0.0, uniform=None):
     return run(logits, tokens, parents, temperature, uniform)
 
 
-def score_nodes_reference(logits, tokens, parents, temperature=0.0, uniform=None):
-    log_p = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)          # [B, N, V]
+def score_nodes_reference(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
     if temperature == 0:
         choice = logits.argmax(-1)                                                    # [B, N]
     else:  # inverse CDF: the first token whose cumulated probability exceeds u times the total
-        cumulated = log_p.exp().cumsum(-1)
+        cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)             # [B, N, V]
         choice = torch.searchsorted(cumulated, uniform[..., None] * cumulated[..., -1:], right=True).squeeze(-1)
-    rows = log_p.gather(1, parents[..., None].expand_as(log_p))                       # [B, N, V] after the parent
-    log_prob = rows.gather(2, tokens[..., None]).squeeze(-1)                          # [B, N]
+    if tokens is None:
+        return choice, None
+    log_p = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)          # [B, N, V]
+    log_prob = log_p[torch.arange(len(tokens), device=tokens.device)[:, None], parents, tokens]  # [B, N]
     return choice, log_prob.index_fill(1, torch.zeros(1, dtype=torch.long, device=tokens.device), 0.0)
 
 

@@ -1,0 +1,125 @@
+"""The decoding engine: prefill, then draft, verify, compact, repeat. Without a head it is plain decoding.
+
+Every tensor of a cycle has a fixed shape and every length lives on the device, so that on a GPU one cycle is one
+CUDA graph; the host only reads what was emitted.
+"""
+import torch
+
+from gto.errors import UserError
+from gto.model import Prefix
+from gto.tree import Tree, TreeShape, draft_tree, score_temperature
+from gto.verify import Sampling, verify
+
+
+class Engine:
+    """Decodes B sequences side by side.
+
+    target, head   head None: plain autoregressive decoding, the same cycle with a tree of only the root
+    shape          TreeShape of the drafts
+    sampling       Sampling; T=0 is greedy
+    capacity       longest sequence, prompt and output together, in tokens
+    score_temp     temperature of the tree's scores; None: by the sampling temperature
+    """
+
+    def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
+        self.target, self.head, self.shape = target, head, shape or TreeShape()
+        self.sampling, self.batch = sampling or Sampling(), batch
+        self.capacity = capacity or target.config.max_len
+        self.score_temp = score_temp or score_temperature(self.sampling.temperature)
+        self.width = self.shape.levels + 1 if head is not None else 1                 # P: most tokens a cycle emits
+        self.device = target.norm.weight.device
+        self.target_cache = target.new_cache(batch, self.capacity + self.width)
+        self.head_cache = head.new_cache(batch, self.capacity + self.width) if head is not None else None
+        # The state a cycle reads and overwrites in place. `length` counts what the target has cached: everything
+        # but the root. `features` and `emitted` are the head's next slots: the last cycle's accepted path.
+        self.length = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.count = torch.zeros_like(self.length)                                    # accepted drafts
+        self.emitted = torch.zeros(batch, self.width, dtype=torch.long, device=self.device)
+        self.features = torch.zeros(batch, self.width, 3 * target.config.dim, dtype=target.norm.weight.dtype,
+                                    device=self.device)
+        self.root_tree = Tree(*(torch.zeros(batch, 1, dtype=torch.long, device=self.device) for _ in range(2)),
+                              torch.ones(batch, 1, 1, dtype=torch.bool, device=self.device),
+                              *(torch.zeros(batch, 1, dtype=torch.long, device=self.device) for _ in range(2)))
+
+    @torch.no_grad()
+    def prefill(self, prompts):
+        """prompts: B lists of token ids. Fills both caches and returns the first token of each sequence, [B]."""
+        if len(prompts) != self.batch:
+            raise UserError(f"{len(prompts)} prompts for an engine of {self.batch}")
+        for prompt in prompts:
+            if not prompt:
+                raise UserError("empty prompt: give at least one token to continue")
+            if len(prompt) >= self.capacity:
+                raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {self.capacity}: shorten it")
+        width = max(map(len, prompts))
+        tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)  # padded on the right
+        self.length.copy_(torch.tensor([len(p) for p in prompts]))
+        hidden, features, keys, values = self.target(tokens)                          # causal: padding is never seen
+        start = torch.zeros_like(self.length)
+        self.target_cache.commit(keys, values, start)
+        last = (self.length - 1)[:, None, None]                                       # [B, 1, 1]
+        logits = self.target.logits(hidden.gather(1, last.expand(-1, 1, hidden.shape[-1])))   # [B, 1, V]
+        _, _, emitted = verify(logits, self.root_tree, self.sampling, width=1)
+        self.count.zero_()
+        self.emitted[:, :1] = emitted
+        if self.head is not None:
+            # The last slot is left to the first cycle, which overwrites it: its next token is the root.
+            slots = torch.arange(width, device=self.device).expand_as(tokens)
+            _, keys, values = self.head(self.head.fuse(features), tokens.roll(-1, dims=1), slots)
+            self.head_cache.commit([keys], [values], start)
+            self.features[:, :1] = features.gather(1, last.expand(-1, 1, features.shape[-1]))
+        return self.emitted[:, 0].tolist()
+
+    def draft(self):
+        """Extend the head over the newly committed tokens, then draft a tree behind the last of them."""
+        root = self.emitted.gather(1, self.count[:, None])                            # [B, 1]
+        if self.head is None:
+            return self.root_tree._replace(tokens=root)
+        B, P = self.emitted.shape
+        committed = self.length - self.count - 1                                      # [B] slots in the head's cache
+        steps = torch.arange(P, device=self.device)
+        causal = (steps <= steps[:, None]).expand(B, P, P)
+        hidden, keys, values = self.head(self.head.fuse(self.features), self.emitted, committed[:, None] + steps,
+                                         causal, Prefix(self.head_cache, committed))
+        self.head_cache.commit([keys], [values], committed)
+        hidden = hidden.gather(1, self.count[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)  # [B, dim]
+        return draft_tree(self.head, hidden, root.squeeze(1), Prefix(self.head_cache, self.length), self.shape,
+                          self.score_temp)
+
+    def check(self, tree):
+        """One target forward over the tree; commits the accepted path and updates the state."""
+        hidden, features, keys, values = self.target(tree.tokens, self.length[:, None] + tree.depth, tree.mask,
+                                                     Prefix(self.target_cache, self.length))
+        path, count, emitted = verify(self.target.logits(hidden), tree, self.sampling, self.width)
+        self.target_cache.commit(keys, values, self.length, path)
+        self.features.copy_(features.gather(1, path[..., None].expand(-1, -1, features.shape[-1])))
+        self.emitted.copy_(emitted), self.count.copy_(count)
+        # A finished sequence may wait for others: it stays inside the cache.
+        self.length.add_(count + 1).clamp_(max=self.capacity)
+
+    @torch.no_grad()
+    def cycle(self):
+        """One draft-verify cycle. Returns the tokens emitted by each sequence, a list of B lists."""
+        self.check(self.draft())
+        return [row[:n + 1] for row, n in zip(self.emitted.tolist(), self.count.tolist())]
+
+    def generate(self, prompts, max_new_tokens, stop=()):
+        """Yields, after the prefill and after every cycle, the new tokens of each sequence (empty once finished).
+
+        A sequence ends after `max_new_tokens`, with a token of `stop`, or when the context is full.
+        """
+        room = [min(max_new_tokens, self.capacity - len(p)) for p in prompts]
+        new = [[token] for token in self.prefill(prompts)]
+        while True:
+            for b, tokens in enumerate(new):
+                new[b] = tokens = cut(tokens[:room[b]], stop)
+                room[b] = 0 if tokens and tokens[-1] in stop else room[b] - len(tokens)
+            yield new
+            if not any(room):
+                return
+            new = self.cycle()
+
+
+def cut(tokens, stop):
+    """The tokens up to and including the first one in `stop`."""
+    return next((tokens[:i + 1] for i, token in enumerate(tokens) if token in stop), tokens)

@@ -1,0 +1,113 @@
+"""The draft head: EAGLE-3, one decoder layer over fused target features and the next token's embedding.
+
+Slot t pairs the target's feature at position t with the embedding of token t+1 and predicts token t+2. Where the
+target has not been yet, in a draft, the head's own output takes the place of the feature.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gto.model import Attention, KVCache, ModelConfig, RMSNorm, SwiGLU, rotary_frequencies
+
+
+@dataclass
+class HeadConfig(ModelConfig):
+    """One layer's numbers; `vocab_size` is the target's, `draft_vocab_size` what the head can propose."""
+    layers: int = 1
+    draft_vocab_size: int = 2048
+    target_dim: int = 128
+    own_embedding: bool = False   # heads narrower than their target carry an embedding of their own
+
+
+class DraftHead(nn.Module):
+    def __init__(self, config, target=None):
+        """`target` lends its frozen embedding, unless the head has its own."""
+        super().__init__()
+        self.config = config
+        if config.own_embedding:
+            self.embed = nn.Embedding(config.vocab_size, config.dim)
+        else:  # kept in a tuple, out of sight of nn.Module: neither a parameter nor in the checkpoint of the head
+            self._lent = (target.embed,)
+        self.fuse = nn.Linear(3 * config.target_dim, config.dim, bias=False)
+        self.token_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feature_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config, 2 * config.dim)
+        self.ffn_norm, self.ffn = RMSNorm(config.dim, config.norm_eps), SwiGLU(config)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.unembed = nn.Linear(config.dim, config.draft_vocab_size, bias=False)
+        # draft id -> target id; EAGLE's files store the difference d2t = token_ids - arange
+        self.register_buffer("token_ids", torch.arange(config.draft_vocab_size))
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+
+    def init_weights(self):
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+        return self
+
+    def new_cache(self, sequences, capacity):
+        return KVCache(self.config, 1, sequences, capacity, like=self.norm.weight)
+
+    def inputs(self, hidden, tokens, positions):
+        """hidden [B, N, dim], tokens and positions [B, N] -> attention input [B, N, 2 * dim], cos, sin."""
+        embed = self.embed if self.config.own_embedding else self._lent[0]
+        x = torch.cat([self.token_norm(embed(tokens))[1], self.feature_norm(hidden)[1]], dim=-1)
+        angles = positions[..., None].float() * self.frequencies.float()
+        return x, angles.cos(), angles.sin()
+
+    def outputs(self, hidden, attended):
+        """The residual is the un-normed input. The sum, before `norm`, is the next step's feature."""
+        x, normed = self.ffn_norm(hidden, attended)
+        return x + self.ffn(normed)
+
+    def forward(self, hidden, tokens, positions, mask=None, prefix=None, past=None):
+        """hidden [B, N, dim]: fused target features, or the parents' outputs; tokens, positions [B, N].
+        Without a prefix the slots are a causal sequence, else nodes under `mask` [B, N, M].
+
+        Returns hidden [B, N, dim] for `logits` and for the children; keys, values [B, kv_heads, M, D], `past` included.
+        """
+        x, cos, sin = self.inputs(hidden, tokens, positions)
+        attended, k, v = self.attn(x, cos, sin, mask, prefix, past=past)
+        return self.outputs(hidden, attended), k, v
+
+    def logits(self, hidden):
+        """[..., dim] -> [..., draft_vocab_size], over draft ids; `token_ids` maps them to the target's."""
+        return self.unembed(self.norm(hidden)[1])
+
+    def unroll(self, features, tokens, roots, chains):
+        """Draft along given chains, with gradient: EAGLE-3's training-time test, and GTO's log-probabilities.
+
+        features [B, T, 3 * target_dim]; tokens [B, T], token t+1 of slot t; roots [B, R] slots where chains start;
+        chains [B, R, J] the tokens drafted after each root slot's prediction, in order.
+        Returns hidden [B, R, J+1, dim]: `[:, r, j]` predicts chain token j of root r, having read tokens 0 .. j-1.
+
+        Step j attends to the true slots up to the root and to its own chain's earlier steps, as in decoding: a
+        position's own keys are one dot product each, so no mask beyond the causal one is needed.
+        """
+        (B, T), (R, J) = tokens.shape, chains.shape[1:]
+        G, D = self.config.kv_heads, self.config.head_dim
+        group = self.config.heads // G
+
+        def at_roots(x):                                                              # [B, T, C] -> [B, R, C]
+            return x.gather(1, roots[..., None].expand(-1, -1, x.shape[-1]))
+
+        slots = torch.arange(T, device=tokens.device)
+        hidden, k0, v0 = self(self.fuse(features), tokens, slots.expand_as(tokens))
+        hidden = at_roots(hidden)                                                     # [B, R, dim]
+        steps, ks, vs = [hidden], [], []
+        unseen = (slots > roots[..., None])[:, None, None]                            # [B, 1, 1, R, T]
+        for j in range(J):
+            x, cos, sin = self.inputs(hidden, chains[:, :, j], roots + j + 1)
+            q, k, v = self.attn.project(x, cos, sin)                                  # [B, H|G, R, D]
+            ks.append(k[:, :, None]), vs.append(v[:, :, None])                        # [B, G, 1, R, D]
+            q = q.view(B, G, group, R, D) * D ** -0.5
+            true = torch.einsum("bghrd,bgtd->bghrt", q, k0).masked_fill(unseen, float("-inf"))
+            own = torch.stack([(q * k).sum(-1) for k in ks], dim=-1)                  # [B, G, group, R, j+1]
+            weight = torch.cat([true, own], dim=-1).float().softmax(-1).to(q.dtype)
+            attended = torch.einsum("bghrt,bgtd->bghrd", weight[..., :T], v0)
+            for i, v in enumerate(vs):
+                attended = attended + weight[..., T + i, None] * v
+            hidden = self.outputs(hidden, self.attn.merge(attended.reshape(B, -1, R, D)))
+            steps.append(hidden)
+        return torch.stack(steps, dim=2)
