@@ -58,3 +58,38 @@ def accept_reference(tokens, parents, mask, choice, width):
     count = accepted.sum(-1) - 1                                                      # [B]
     last = path.gather(1, count[:, None])                                             # [B, 1]
     return path, count, choice.gather(1, last).squeeze(1)
+
+
+def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
+    """How much of a drafted tree the target would accept (GTO, arXiv 2509.22134, eq. 3-5). Every node is real.
+
+    log_prob [B, N]  log T(token of the node | its ancestors), 0 for the root, as returned by `score_nodes`
+    parents  [B, N]; mask [B, N, N] bool, ancestors and self
+    aggregator   "lse": (1/eta) log sum over leaves of exp(eta L); "max", "mean": of L over leaves;
+                 "expected": sum of P over all nodes but the root, the expected accepted drafts of a sampling target
+    Returns  P [B, N] float32, the probability of the node's path (eq. 4), 1 for the root;
+             L [B, N] float32, sum of P over the node and its ancestors without the root (eq. 3);
+             reward R [B] float32
+    """
+    run = tree_reward_triton if use_triton(log_prob) else tree_reward_reference
+    return run(log_prob, parents, mask, aggregator, eta)
+
+
+def tree_reward_reference(log_prob, parents, mask, aggregator="lse", eta=1.0):
+    # `where`, not a product with the mask: log T may be -inf, and 0 * -inf is NaN.
+    P = torch.where(mask, log_prob.float()[:, None], 0.0).sum(-1).exp()               # [B, N]
+    L = torch.where(mask, P[:, None], 0.0).sum(-1) - 1                                # [B, N]
+    if aggregator == "expected":
+        return P, L, P[:, 1:].sum(-1)
+    leaf = torch.ones_like(mask[:, 0]).scatter(1, parents[:, 1:], False)              # [B, N]
+    if aggregator == "max":
+        reward = L.masked_fill(~leaf, float("-inf")).amax(-1)
+    elif aggregator == "mean":
+        reward = L.masked_fill(~leaf, 0.0).sum(-1) / leaf.sum(-1)
+    else:
+        reward = (eta * L).masked_fill(~leaf, float("-inf")).logsumexp(-1) / eta
+    return P, L, reward
+
+
+def tree_reward_triton(log_prob, parents, mask, aggregator="lse", eta=1.0):
+    raise NotImplementedError
