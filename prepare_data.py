@@ -1,0 +1,41 @@
+"""Text or code -> a tokenizer and token files, in data/<dataset>. See gto/data.py for what is written.
+
+    python prepare_data.py                                the standard library of this Python
+    python prepare_data.py --input notes.txt chats.jsonl src/
+    python prepare_data.py --dataset shakespeare
+"""
+import argparse
+
+from gto.corpus import DATASETS
+from gto.data import DEFAULT_VOCAB_SIZE, prepare
+from gto.errors import UserError, main_guard
+
+
+def usage_error(message):
+    raise UserError(f"{message} (python prepare_data.py --help shows all flags)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = usage_error
+    parser.add_argument("--dataset", choices=DATASETS, default="stdlib",
+                        help="stdlib: the standard library; python: with site-packages; shakespeare: a download")
+    parser.add_argument("--input", nargs="+", metavar="PATH", help="your own files or directories: text, code, "
+                        'chat .jsonl with "text", "turns", "messages" or "conversations"')
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: data/<dataset>, data/input)")
+    parser.add_argument("--vocab-size", type=int, metavar="N",
+                        help=f"ids of the BPE trained here, end-of-text included (default: {DEFAULT_VOCAB_SIZE})")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="use a tokenizer that exists: gpt2, "
+                        "tokenizer.model, tokenizer.json, or a folder with one")
+    parser.add_argument("--val-fraction", type=float, default=.05, metavar="F",
+                        help="share of the files held out for validation (default: %(default)s)")
+    args = parser.parse_args()
+    out = args.out or f"data/{'input' if args.input else args.dataset}"
+    meta = prepare(out, args.dataset, args.input, args.vocab_size, args.tokenizer, args.val_fraction)
+    print(f"{out}: {meta['train_tokens']:,} training tokens ({meta['train_documents']} documents), "
+          f"{meta['val_tokens']:,} validation tokens ({meta['val_documents']} documents), "
+          f"vocabulary {meta['vocab_size']:,}, {meta['chars_per_token']} characters per token")
+
+
+if __name__ == "__main__":
+    main_guard(main)
