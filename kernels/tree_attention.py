@@ -1,7 +1,21 @@
-"""Tree attention: N new tokens per tree attend to a cached prefix and, under an ancestor mask, to each other."""
+"""Tree attention: N new tokens per tree attend to a cached prefix and, under an ancestor mask, to each other.
+
+The kernel in ten lines. The H/G query heads that share a key head see the same keys, so (node, head of the group)
+pairs are the rows of one matrix: N = 1 still fills a tensor core tile, and a key is loaded once for all of them. A
+program owns BLOCK_M rows of one tree and one key head, and one *split* of the prefix: a tree of 60 nodes has far fewer
+row blocks than a GPU has processors, so the prefix is cut and each piece attended to separately. A program walks over
+its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of exp(score - largest) and the
+weighted sum of values, which it scales down whenever a larger score turns up: the scores never leave the chip. The last
+split goes on with the tree's own keys, the only ones that need the ancestor mask. Every split writes its normalised
+output and its log-sum-exp; a second kernel averages the outputs, weighted by exp(log-sum-exp).
+The number of splits depends on shapes only; where a split begins is worked out from the length *on the device*, so
+that nothing waits for the host and one captured CUDA graph serves every length.
+"""
+import math
+
 import torch
 
-from kernels import use_triton
+from kernels import next_power_of_2, processors, tl, triton, use_triton
 
 
 def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
@@ -38,5 +52,135 @@ def tree_attention_reference(q, k, v, mask, k_cache, v_cache, length, sequence=N
     return out.view(B, H, N, D)
 
 
+@triton.jit
+def _attend(q, k, v, visible, scale, top, total, acc, PRECISION: tl.constexpr):
+    """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction."""
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return new_top, total * shrink + tl.sum(weights, axis=1), acc
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, length_ptr, sequence_ptr, out_ptr, lse_ptr,
+    q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s, vc_c, vc_g, vc_s,
+    N, M, G, splits, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+):
+    row_blocks = tl.cdiv(N * GROUP, BLOCK_M)
+    row_block = tl.program_id(0) % row_blocks              # fastest: programs that share keys run side by side
+    split = tl.program_id(1)
+    # int64 from here on: a cache of 128 sequences x 8 heads x 32k x 128 numbers passes 2^31.
+    b = (tl.program_id(0) // row_blocks // G).to(tl.int64)
+    g = (tl.program_id(0) // row_blocks % G).to(tl.int64)
+    c = b if sequence_ptr is None else tl.load(sequence_ptr + b)
+    length = tl.load(length_ptr + b).to(tl.int32)
+
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    node, head = rows // GROUP, g * GROUP + rows % GROUP
+    real = rows < N * GROUP
+    keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + b * q_b + (head * q_h + node * q_n)[:, None] + dims[None, :],
+                mask=real[:, None] & (dims < D)[None, :], other=0.0)
+
+    # A finite start for the maximum: while a row has seen no key, exp2(-inf - top) is 0. With -inf it would be NaN.
+    top = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # This split's share of the prefix, in whole blocks. A short prefix leaves the later splits empty.
+    span = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    start, end = split * span, tl.minimum(split * span + span, length)
+    k_at = k_cache_ptr + c * kc_c + g * kc_g + start.to(tl.int64) * kc_s + dims[:, None] + keys[None, :] * kc_s
+    v_at = v_cache_ptr + c * vc_c + g * vc_g + start.to(tl.int64) * vc_s + dims[None, :] + keys[:, None] * vc_s
+    for first in range(start, end, BLOCK_N):
+        seen = first + keys < end
+        k = tl.load(k_at, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
+        v = tl.load(v_at, mask=seen[:, None] & (dims < D)[None, :], other=0.0)
+        top, total, acc = _attend(q, k, v, seen[None, :], scale, top, total, acc, PRECISION)
+        k_at += BLOCK_N * kc_s
+        v_at += BLOCK_N * vc_s
+
+    # The tree's own keys. The mask has a row per node, not per (node, head).
+    mask_row = mask_ptr + b * mask_b + node * mask_n
+    for first in range(0, tl.where(split == splits - 1, M, 0), BLOCK_N):
+        m = first + keys
+        k = tl.load(k_ptr + b * k_b + g * k_g + m[None, :] * k_m + dims[:, None],
+                    mask=(m < M)[None, :] & (dims < D)[:, None], other=0.0)
+        v = tl.load(v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :],
+                    mask=(m < M)[:, None] & (dims < D)[None, :], other=0.0)
+        visible = tl.load(mask_row[:, None] + m[None, :] * mask_m, mask=real[:, None] & (m < M)[None, :], other=0) != 0
+        top, total, acc = _attend(q, k, v, visible, scale, top, total, acc, PRECISION)
+
+    # Rows of the output are (tree, node, head): the layout the next linear layer wants.
+    H = G * GROUP
+    out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * H + head
+    if PARTIAL:
+        tl.store(lse_ptr + out_row, top + tl.log2(total), mask=real)   # -inf for an empty split: weight 0
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_ptr + out_row[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=real[:, None] & (dims < D)[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    part_ptr, lse_ptr, out_ptr, rows, splits,
+    D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.arange(0, SPLITS)
+    at = split.to(tl.int64)[:, None] * rows + row[None, :]                              # [SPLITS, ROWS]
+    lse = tl.load(lse_ptr + at, mask=(split < splits)[:, None] & (row < rows)[None, :], other=float("-inf"))
+    weight = tl.exp2(lse - tl.maximum(tl.max(lse, axis=0), -1e30)[None, :])
+    total = tl.sum(weight, axis=0)
+    dims = tl.arange(0, BLOCK_D)
+    part = tl.load(part_ptr + at[:, :, None] * D + dims[None, None, :],                 # empty splits are not read
+                   mask=(weight > 0)[:, :, None] & (dims < D)[None, None, :], other=0.0)
+    out = tl.sum(part * weight[:, :, None], axis=0) / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=(row < rows)[:, None] & (dims < D)[None, :])
+
+
+def block_shape(rows, dtype):
+    """(BLOCK_M, BLOCK_N, warps, stages) for `rows` = N * H / G rows per key head."""
+    if dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
+        return 16, 32, 8, 2
+    return min(max(16, next_power_of_2(rows)), 64), 64, 8 if rows > 32 else 4, 3
+
+
+def split_count(programs, capacity, device):
+    """As few splits as fill the GPU: a split's partial output in float32 costs as much traffic as its keys do when
+    rows and keys are equally many. Nor is a split worth its overhead below two blocks of keys."""
+    return max(1, min(processors(device) // programs, capacity // 128, 64))
+
+
 def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None):
-    raise NotImplementedError
+    (B, H, N, D), (G, M), S = q.shape, k.shape[1:3], k_cache.shape[2]
+    BLOCK_M, BLOCK_N, warps, stages = block_shape(N * H // G, q.dtype)
+    BLOCK_D = max(16, next_power_of_2(D))
+    programs = B * G * -(-N * H // G // BLOCK_M)
+    splits = split_count(programs, S, q.device)
+    out = q.new_empty(B, N, H, D)
+    if splits == 1:
+        part, lse = out, None
+    else:
+        part = q.new_empty(splits, B, N, H, D, dtype=torch.float32)
+        lse = q.new_empty(splits, B, N, H, dtype=torch.float32)
+    _attention_kernel[(programs, splits)](
+        q, k, v, mask, k_cache, v_cache, length, sequence, part, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        N, M, G, splits, math.log2(math.e) / math.sqrt(D),
+        GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PARTIAL=splits > 1,
+        num_warps=warps, num_stages=stages)
+    if splits > 1:
+        ROWS = max(1, 32 // next_power_of_2(splits))
+        _combine_kernel[(-(-B * N * H // ROWS),)](
+            part, lse, out, B * N * H, splits,
+            D=D, SPLITS=next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
+    return out.transpose(1, 2)
