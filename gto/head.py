@@ -29,7 +29,7 @@ class DraftHead(nn.Module):
             self.embed = nn.Embedding(config.vocab_size, config.dim)
         else:  # kept in a tuple, out of sight of nn.Module: neither a parameter nor in the checkpoint of the head
             self._lent = (target.embed,)
-        self.fuse = nn.Linear(3 * config.target_dim, config.dim, bias=False)
+        self.fc = nn.Linear(3 * config.target_dim, config.dim, bias=False)
         self.token_norm = RMSNorm(config.dim, config.norm_eps)
         self.feature_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config, 2 * config.dim)
@@ -49,11 +49,15 @@ class DraftHead(nn.Module):
     def new_cache(self, sequences, capacity):
         return KVCache(self.config, 1, sequences, capacity, like=self.norm.weight)
 
+    def fuse(self, features):
+        """The target's low, middle and high features [..., 3 * target_dim] -> [..., dim]."""
+        return self.fc(features.to(self.fc.weight.dtype))
+
     def inputs(self, hidden, tokens, positions):
         """hidden [B, N, dim], tokens and positions [B, N] -> attention input [B, N, 2 * dim], cos, sin."""
         embed = self.embed if self.config.own_embedding else self._lent[0]
-        x = torch.cat([self.token_norm(embed(tokens))[1], self.feature_norm(hidden)[1]], dim=-1)
-        angles = positions[..., None].float() * self.frequencies.float()
+        x = torch.cat([self.token_norm(embed(tokens).to(hidden.dtype))[1], self.feature_norm(hidden)[1]], dim=-1)
+        angles = positions[..., None].float() * self.frequencies
         return x, angles.cos(), angles.sin()
 
     def outputs(self, hidden, attended):

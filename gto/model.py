@@ -49,9 +49,22 @@ def rotary_frequencies(config):
     return freq * ((1 - blend) / factor + blend)
 
 
+class KV(NamedTuple):
+    """Keys and values by layer, [sequences, kv_heads, positions, head_dim] each: what a forward over a text returns."""
+    k: list
+    v: list
+
+
+def cast(module, dtype):
+    """Change the parameters' type only: `module.to(bfloat16)` would also round the rotary frequencies."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+    return module
+
+
 class Prefix(NamedTuple):
     """What new tokens may see besides each other: positions 0 .. length-1 of a cache."""
-    cache: "KVCache"
+    cache: "KVCache | KV"
     length: torch.Tensor                   # [B]
     sequence: torch.Tensor | None = None   # [B], the cache row of each tree; None: row b
 
@@ -175,7 +188,7 @@ class Target(nn.Module):
 
     def rotation(self, positions):
         """positions [B, N] -> cos, sin [B, N, D/2], float32 at any length: there is no table to outgrow."""
-        angles = positions[..., None].float() * self.frequencies.float()
+        angles = positions[..., None].float() * self.frequencies
         return angles.cos(), angles.sin()
 
     def forward(self, tokens, positions=None, mask=None, prefix=None):

@@ -1,0 +1,75 @@
+"""Every number of the experiment, in one place. Each field is also a flag of train.py: --omega 0.3."""
+from dataclasses import dataclass, replace
+
+from gto.errors import UserError
+
+
+@dataclass
+class Config:
+    # data
+    dataset: str = "stdlib"        # see prepare_data.py
+    vocab_size: int = 2048
+    length: int = 256              # tokens per training sequence
+
+    # target: deep and narrow, so that a draft is cheap next to a target step
+    layers: int = 10
+    dim: int = 192
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 32
+    ffn_dim: int = 512
+    target_steps: int = 560
+    target_batch: int = 8
+    muon_lr: float = 0.02          # hidden matrices
+    adam_lr: float = 5e-3          # embedding and norms
+
+    # text that the target writes itself, to train heads on: half greedy, half sampled at T=1
+    texts: int = 512               # sequences
+    prompt_length: int = 32        # tokens of the corpus each begins with
+
+    # draft head, phase I: token-level training
+    head_ffn_dim: int = 512
+    draft_vocab_size: int = 2048
+    unroll: int = 4                # steps of the training-time test behind the first
+    head_steps: int = 500
+    head_batch: int = 4
+    head_lr: float = 2e-3
+    label_temperature: float = 1.0  # below 1: labels sharpened towards the target's arg-max
+
+    # phase II: Group Tree Optimization
+    gto_steps: int = 40
+    gto_batch: int = 2             # sequences per step
+    gto_lr: float = 5e-4
+    groups: int = 16               # K, per sequence
+    group_size: int = 8            # m adjacent positions
+    omega: float = 0.5             # L = L_token + omega * L_GTO
+    eps: float = 0.2               # clip of the ratio; the paper does not state it
+    delta: float = 1e-4            # keeps the standardisation finite; the paper does not state it
+    aggregator: str = "lse"        # lse, max, mean or expected
+    eta: float = 1.0               # sharpness of lse
+    debias: bool = True
+    clip: float = 0.5              # gradient norm, phase I and II
+    seeds: int = 2                 # phase II and its control are repeated with this many seeds
+
+    # the draft tree of phase II and of the evaluation
+    tree: str = "8,5,24"           # children, levels, nodes
+
+    # evaluation
+    eval_prompts: int = 64
+    eval_tokens: int = 128
+    seed: int = 1337
+
+
+PRESETS = {
+    "cpu": Config(),               # ten minutes on two cores
+    "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
+                  ffn_dim=2048, target_steps=4000, target_batch=128, muon_lr=0.02, adam_lr=3e-3, texts=8192,
+                  head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, head_lr=1e-3, gto_steps=400,
+                  gto_batch=8, gto_lr=2e-4, tree="10,7,60", eval_tokens=256),
+}
+
+
+def preset(name, **changes):
+    if name not in PRESETS:
+        raise UserError(f"no preset '{name}': choose one of {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **changes)

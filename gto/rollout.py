@@ -1,0 +1,77 @@
+"""Phase II's experience: draft trees at groups of positions of a text, and what the target makes of them.
+
+Nothing here carries a gradient. All trees of a batch are drafted and verified side by side and share their
+sequence's keys and values: a tree names its cache row and how much of it it sees.
+"""
+from typing import NamedTuple
+
+import torch
+
+from gto.model import KV, Prefix
+from gto.tree import draft_tree
+from kernels.acceptance import accept, score_nodes, tree_reward
+
+
+class Text(NamedTuple):
+    """A batch of sequences as the frozen target sees it."""
+    tokens: torch.Tensor     # [B, T]
+    features: torch.Tensor   # [B, T, 3 * dim]
+    logits: torch.Tensor     # [B, T, V]
+    kv: KV
+
+
+class Trees(NamedTuple):
+    """One drafted tree for every root, R per sequence."""
+    reward: torch.Tensor     # [B, R]
+    accepted: torch.Tensor   # [B, R, levels] token ids of the longest accepted sequence, padded with 0
+    length: torch.Tensor     # [B, R] its length, may be 0
+
+
+@torch.no_grad()
+def read(target, tokens):
+    """tokens [B, T] -> Text."""
+    hidden, features, keys, values = target(tokens)
+    return Text(tokens, features, target.logits(hidden), KV(keys, values))
+
+
+def sample_groups(length, groups, size, levels, generator):
+    """Root slots of K non-overlapping groups of m adjacent positions, [K * m]; fewer groups if the text is short.
+
+    A root slot r has its root token at r + 1; behind it the text still holds `levels` tokens.
+    """
+    usable = length - 1 - levels
+    offset = int(torch.randint(min(size, usable), (1,), generator=generator))
+    blocks = (usable - offset) // size
+    chosen = torch.randperm(blocks, generator=generator)[:groups].sort().values
+    return (offset + chosen[:, None] * size + torch.arange(size)).flatten()
+
+
+@torch.no_grad()
+def grow(target, head, text, roots, shape, temperature, aggregator, eta):
+    """Draft a tree with `head` behind every root and let the target score it. roots [B, R] slots -> Trees."""
+    (B, R), T = roots.shape, text.tokens.shape[1]
+    slots = torch.arange(T, device=roots.device).expand(B, T)
+    hidden, k, v = head(head.fuse(text.features), text.tokens.roll(-1, dims=1), slots)  # the last slot is never used
+    sequence = torch.arange(B, device=roots.device).repeat_interleave(R)              # [B * R]
+    slot = roots.flatten()
+    length = slot + 1                                                                 # true slots = tokens before the root
+    tree = draft_tree(head, hidden[sequence, slot], text.tokens[sequence, length], Prefix(KV([k], [v]), length, sequence),
+                      shape, temperature)
+    hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, Prefix(text.kv, length, sequence))
+    choice, log_prob = score_nodes(target.logits(hidden), tree.tokens, tree.parents)  # [B * R, N]
+    _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [B * R]
+    path, count, _ = accept(tree.tokens, tree.parents, tree.mask, choice, shape.levels + 1)
+    accepted = tree.tokens.gather(1, path)[:, 1:]
+    accepted = accepted.masked_fill(torch.arange(shape.levels, device=roots.device) >= count[:, None], 0)
+    return Trees(reward.view(B, R), accepted.view(B, R, -1), count.view(B, R))
+
+
+def sequence_log_prob(head, text, roots, trees):
+    """log M(S | prefix) of every root's longest accepted sequence, [B, R]. With gradient, unless under no_grad."""
+    hidden = head.unroll(text.features, text.tokens.roll(-1, dims=1), roots, trees.accepted[..., :-1])  # [B, R, levels, dim]
+    log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, levels, V']
+    draft_id = torch.zeros(text.logits.shape[-1], dtype=torch.long, device=roots.device)
+    draft_id[head.token_ids] = torch.arange(len(head.token_ids), device=roots.device)
+    log_q = log_q.gather(-1, draft_id[trees.accepted][..., None]).squeeze(-1)         # [B, R, levels]
+    inside = torch.arange(log_q.shape[-1], device=roots.device) < trees.length[..., None]
+    return log_q.masked_fill(~inside, 0.0).sum(-1)
