@@ -1,7 +1,22 @@
-"""Acceptance scoring: from the target's logits at every tree node to the accepted path and the tree's reward."""
+"""Acceptance scoring: from the target's logits at every tree node to the accepted path and the tree's reward.
+
+The kernels in ten lines. A row of logits (one node) is 128k numbers and there are only 60 of them, so a row is cut into
+chunks, each read once by one program: its largest logit and the sum of exp(logit - largest). From these few numbers a
+row a second kernel has the log-sum-exp. At T=0 the choice is the arg-max of the best chunk. At T>0 it is a sample by
+inverse CDF, from ONE uniform number u: the chunk sums say in which chunk the cumulated probability passes u, and only
+that chunk is read again to find the token. (Gumbel noise would need a random number for every logit: eight times the
+work of the whole scan.) What the target thinks of a node's token is one gathered logit minus the parent's log-sum-exp.
+The rest works on a tree's N x N ancestor mask, one program per tree. It needs no walk: a node is accepted if and only
+if it and all its ancestors match the target's choices, a path's log-probability is a masked row sum, and nothing
+depends on how deep the tree is.
+"""
+import math
+
 import torch
 
-from kernels import use_triton
+from kernels import next_power_of_2, tl, triton, use_triton
+
+CHUNK = 4096  # logits per program: 32 a thread, all in flight at once
 
 
 def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
@@ -25,12 +40,108 @@ def score_nodes_reference(logits, tokens=None, parents=None, temperature=0.0, un
         choice = logits.argmax(-1)                                                    # [B, N]
     else:  # inverse CDF: the first token whose cumulated probability exceeds u times the total
         cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)             # [B, N, V]
-        choice = torch.searchsorted(cumulated, uniform[..., None] * cumulated[..., -1:], right=True).squeeze(-1)
+        total = cumulated[..., -1:]
+        # u * total can round up to the total, which no token exceeds.
+        threshold = torch.minimum(uniform[..., None] * total, total.nextafter(torch.zeros_like(total)))
+        choice = torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
     if tokens is None:
         return choice, None
     log_p = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)          # [B, N, V]
     log_prob = log_p[torch.arange(len(tokens), device=tokens.device)[:, None], parents, tokens]  # [B, N]
     return choice, log_prob.index_fill(1, torch.zeros(1, dtype=torch.long, device=tokens.device), 0.0)
+
+
+@triton.jit
+def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, N, V, logits_b, logits_n, scale,
+                 CHUNK: tl.constexpr, GREEDY: tl.constexpr, SUM: tl.constexpr):
+    """One chunk of one row: its largest logit, where it is, and the sum of exp(logit - largest)."""
+    row, out = tl.program_id(1), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    # int64: B * N * V passes 2^31 from 280 trees of 60 nodes at V = 128k.
+    logits_ptr += (row // N).to(tl.int64) * logits_b + (row % N).to(tl.int64) * logits_n
+    x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    if GREEDY:  # the raw logits decide: scaled ones could round to a tie. Lowest index among equals.
+        tl.store(best_ptr + out, tl.min(tl.where(x == top, at, V - 1), axis=0))
+    # A chunk may be masked out entirely: a finite maximum keeps -inf - -inf = NaN away.
+    top = tl.maximum(top, -1e20)
+    tl.store(top_ptr + out, top)
+    if SUM:  # in base 2, where exp2 is one instruction: scale = log2(e) / T
+        tl.store(sum_ptr + out, tl.sum(tl.exp2(x * scale - top * scale), axis=0))
+
+
+@triton.jit
+def _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS: tl.constexpr):
+    """The chunks' shares of a row's exp-sum relative to the row's maximum, and that maximum (base 2)."""
+    chunk = tl.arange(0, CHUNKS)
+    top = tl.load(top_ptr + row * chunks + chunk, mask=chunk < chunks, other=-1e20) * scale
+    mass = tl.load(sum_ptr + row * chunks + chunk, mask=chunk < chunks, other=0.0)
+    row_top = tl.max(top, axis=0)
+    return mass * tl.exp2(top - row_top), row_top
+
+
+@triton.jit
+def _first_above(mass, threshold, SIZE: tl.constexpr):
+    """Index of the first entry at which the cumulated mass exceeds the threshold, and the mass before it.
+
+    A parallel sum rounds differently from entry to entry, so the cumulated mass may rise where the mass is 0, or
+    its end stay below the threshold: an entry without mass is never taken, and the last one with mass is the default.
+    """
+    index = tl.arange(0, SIZE)
+    cumulated = tl.cumsum(mass, axis=0)
+    last = tl.max(tl.where(mass > 0, index, 0), axis=0)
+    first = tl.min(tl.where((mass > 0) & (cumulated > threshold), index, last), axis=0)
+    return first, tl.sum(tl.where(index < first, mass, 0.0), axis=0)
+
+
+@triton.jit
+def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, tokens_ptr, parents_ptr, uniform_ptr, choice_ptr,
+                   log_prob_ptr, N, V, logits_b, logits_n, chunks, scale,
+                   CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr):
+    """One row: the target's choice, and the log-probability of the node's token under its parent's row."""
+    row = tl.program_id(0)
+    b, chunk = (row // N).to(tl.int64), tl.arange(0, CHUNKS)
+    if GREEDY:
+        top = tl.load(top_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
+        best = tl.load(best_ptr + row * chunks + chunk, mask=chunk < chunks, other=V - 1)
+        choice = tl.min(tl.where(top == tl.max(top, axis=0), best, V - 1), axis=0)
+    else:
+        mass, row_top = _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS)
+        threshold = tl.load(uniform_ptr + row) * tl.sum(mass, axis=0)
+        taken, before = _first_above(mass, threshold, CHUNKS)
+        at = taken * CHUNK + tl.arange(0, CHUNK)
+        x = tl.load(logits_ptr + b * logits_b + (row % N).to(tl.int64) * logits_n + at, mask=at < V,
+                    other=float("-inf")).to(tl.float32)
+        top = tl.load(top_ptr + row * chunks + taken) * scale   # relative to the chunk's own maximum nothing vanishes
+        first, _ = _first_above(tl.exp2(x * scale - top), (threshold - before) * tl.exp2(row_top - top), CHUNK)
+        choice = taken * CHUNK + first
+    tl.store(choice_ptr + row, choice.to(tl.int64))
+    if tokens_ptr is not None:
+        parent = tl.load(parents_ptr + row)
+        mass, row_top = _row_mass(top_ptr, sum_ptr, b * N + parent, chunks, scale, CHUNKS)
+        x = tl.load(logits_ptr + b * logits_b + parent * logits_n + tl.load(tokens_ptr + row)).to(tl.float32)
+        log_prob = (x * scale - row_top - tl.log2(tl.sum(mass, axis=0))) * 0.6931471805599453  # base 2 to base e
+        tl.store(log_prob_ptr + row, tl.where(row % N == 0, 0.0, log_prob))
+
+
+def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
+    (B, N, V), device, greedy = logits.shape, logits.device, temperature == 0
+    chunk = min(CHUNK, next_power_of_2(V))
+    chunks = -(-V // chunk)
+    top, total = torch.empty(2, B * N, chunks, dtype=torch.float32, device=device)
+    best = torch.empty(B * N, chunks, dtype=torch.int32, device=device) if greedy else None
+    choice = torch.empty(B, N, dtype=torch.long, device=device)
+    log_prob = None if tokens is None else torch.empty(B, N, dtype=torch.float32, device=device)
+    if tokens is not None:
+        tokens, parents = tokens.contiguous(), parents.contiguous()
+    row = N, V, *logits.stride()[:2]
+    scale = math.log2(math.e) / (temperature or 1.0)
+    _scan_kernel[(chunks, B * N)](logits, top, total, best, *row, scale,
+                                  CHUNK=chunk, GREEDY=greedy, SUM=not greedy or tokens is not None)
+    _choose_kernel[(B * N,)](logits, top, total, best, tokens, parents, None if greedy else uniform.contiguous(),
+                             choice, log_prob, *row, chunks, scale,
+                             CHUNK=chunk, CHUNKS=next_power_of_2(chunks), GREEDY=greedy)
+    return choice, log_prob
 
 
 def accept(tokens, parents, mask, choice, width):
@@ -60,6 +171,41 @@ def accept_reference(tokens, parents, mask, choice, width):
     return path, count, choice.gather(1, last).squeeze(1)
 
 
+@triton.jit
+def _accept_kernel(tokens_ptr, parents_ptr, choice_ptr, mask_ptr, path_ptr, count_ptr, next_ptr,
+                   N, mask_b, mask_i, mask_j, width,
+                   ROWS: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    j, slot = tl.arange(0, NODES), tl.arange(0, WIDTH)
+    parent = tl.load(parents_ptr + b * N + j, mask=j < N, other=0)
+    wanted = tl.load(choice_ptr + b * N + parent, mask=j < N, other=0)
+    match = (tl.load(tokens_ptr + b * N + j, mask=j < N, other=0) == wanted) | (j == 0)  # [NODES]
+    path = tl.zeros([WIDTH], tl.int32)
+    deepest = tl.full([ROWS], 0, tl.int32)
+    for first in range(0, N, ROWS):                       # the N x N mask, ROWS nodes at a time
+        i = first + tl.arange(0, ROWS)
+        ancestor = tl.load(mask_ptr + b * mask_b + i[:, None] * mask_i + j[None, :] * mask_j,
+                           mask=(i < N)[:, None] & (j < N)[None, :], other=0) != 0
+        missed = tl.sum((ancestor & (match == 0)[None, :]).to(tl.int32), axis=1)          # [ROWS]
+        accepted = (missed == 0) & (i < N)
+        depth = tl.sum(ancestor.to(tl.int32), axis=1) - 1
+        path += tl.sum(tl.where(accepted[:, None] & (depth[:, None] == slot[None, :]), i[:, None], 0), axis=0)
+        deepest = tl.maximum(deepest, tl.where(accepted, depth * NODES + i, 0))           # depth and index in one
+    deepest = tl.max(deepest, axis=0)
+    tl.store(path_ptr + b * width + slot, path.to(tl.int64), mask=slot < width)
+    tl.store(count_ptr + b, (deepest // NODES).to(tl.int64))
+    tl.store(next_ptr + b, tl.load(choice_ptr + b * N + deepest % NODES))
+
+
+def accept_triton(tokens, parents, mask, choice, width):
+    B, N = tokens.shape
+    path, count, next_token = choice.new_empty(B, width), choice.new_empty(B), choice.new_empty(B)
+    NODES = next_power_of_2(N)
+    _accept_kernel[(B,)](tokens.contiguous(), parents.contiguous(), choice.contiguous(), mask, path, count, next_token,
+                         N, *mask.stride(), width, ROWS=min(16, NODES), NODES=NODES, WIDTH=next_power_of_2(width))
+    return path, count, next_token
+
+
 def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
     """How much of a drafted tree the target would accept (GTO, arXiv 2509.22134, eq. 3-5). Every node is real.
 
@@ -71,6 +217,8 @@ def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
              L [B, N] float32, sum of P over the node and its ancestors without the root (eq. 3);
              reward R [B] float32
     """
+    if aggregator not in ("lse", "max", "mean", "expected"):
+        raise ValueError(f"aggregator {aggregator!r}: choose lse, max, mean or expected")
     run = tree_reward_triton if use_triton(log_prob) else tree_reward_reference
     return run(log_prob, parents, mask, aggregator, eta)
 
@@ -91,5 +239,48 @@ def tree_reward_reference(log_prob, parents, mask, aggregator="lse", eta=1.0):
     return P, L, reward
 
 
+@triton.jit
+def _reward_kernel(log_prob_ptr, parents_ptr, mask_ptr, P_ptr, L_ptr, reward_ptr, N, mask_b, mask_i, mask_j, eta,
+                   AGGREGATOR: tl.constexpr, ROWS: tl.constexpr, NODES: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    mask_ptr += b * mask_b
+    j = tl.arange(0, NODES)
+    log_prob = tl.load(log_prob_ptr + b * N + j, mask=j < N, other=0.0)
+    L = tl.full([NODES], -1.0, tl.float32)
+    expected = tl.full([ROWS], 0.0, tl.float32)
+    children = tl.zeros([NODES], tl.int32)
+    for first in range(0, N, ROWS):
+        i = first + tl.arange(0, ROWS)
+        real = (i < N)[:, None] & (j < N)[None, :]
+        ancestor = tl.load(mask_ptr + i[:, None] * mask_i + j[None, :] * mask_j, mask=real, other=0) != 0
+        P = tl.exp(tl.sum(tl.where(ancestor, log_prob[None, :], 0.0), axis=1))            # [ROWS]
+        tl.store(P_ptr + b * N + i, P, mask=i < N)
+        expected += tl.where((i > 0) & (i < N), P, 0.0)
+        # The same mask transposed: these P go to the L of every node below i. Reading P back from memory instead
+        # would need all of it, and a barrier.
+        below = tl.load(mask_ptr + j[None, :] * mask_i + i[:, None] * mask_j, mask=real, other=0) != 0
+        L += tl.sum(tl.where(below, P[:, None], 0.0), axis=0)
+        parent = tl.load(parents_ptr + b * N + i, mask=(i > 0) & (i < N), other=-1)
+        children += tl.sum((parent[:, None] == j[None, :]).to(tl.int32), axis=0)
+    tl.store(L_ptr + b * N + j, L, mask=j < N)
+    leaf = (children == 0) & (j < N)
+    top = tl.max(tl.where(leaf, L, 0.0), axis=0)                                          # L >= 0
+    if AGGREGATOR == "expected":
+        reward = tl.sum(expected, axis=0)
+    elif AGGREGATOR == "max":
+        reward = top
+    elif AGGREGATOR == "mean":
+        reward = tl.sum(tl.where(leaf, L, 0.0), axis=0) / tl.sum(leaf.to(tl.float32), axis=0)
+    else:
+        reward = top + tl.log(tl.sum(tl.where(leaf, tl.exp(eta * (L - top)), 0.0), axis=0)) / eta
+    tl.store(reward_ptr + b, reward)
+
+
 def tree_reward_triton(log_prob, parents, mask, aggregator="lse", eta=1.0):
-    raise NotImplementedError
+    B, N = log_prob.shape
+    P, L = torch.empty(2, B, N, dtype=torch.float32, device=log_prob.device)
+    reward = torch.empty(B, dtype=torch.float32, device=log_prob.device)
+    NODES = next_power_of_2(N)
+    _reward_kernel[(B,)](log_prob.contiguous(), parents.contiguous(), mask, P, L, reward, N, *mask.stride(), float(eta),
+                         AGGREGATOR=aggregator, ROWS=min(16, NODES), NODES=NODES)
+    return P, L, reward

@@ -1,7 +1,11 @@
-"""The element-wise steps of a decoder layer, each one kernel instead of three to eight."""
+"""The element-wise steps of a decoder layer, each one kernel instead of three to eight.
+
+Decoding one token runs hundreds of kernels that each last about as long as it takes to start one: here fewer kernels
+are faster, whatever they do. Every kernel reads its input once and computes in float32.
+"""
 import torch
 
-from kernels import use_triton
+from kernels import next_power_of_2, tl, triton, use_triton
 
 
 def add_rms_norm(x, delta, weight, eps):
@@ -16,6 +20,36 @@ def add_rms_norm(x, delta, weight, eps):
 def add_rms_norm_reference(x, delta, weight, eps):
     x = x if delta is None else x + delta
     return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+@triton.jit
+def _add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_outer, x_inner, delta_outer, delta_inner,
+                         inner, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row // inner * x_outer + row % inner * x_inner + c, mask=c < C, other=0.0)
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr + row // inner * delta_outer + row % inner * delta_inner + c, mask=c < C, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)      # rounded: the norm is that of the stored sum
+        tl.store(sum_ptr + row * C + c, x, mask=c < C)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / C + eps)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * C + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
+
+
+def add_rms_norm_triton(x, delta, weight, eps):
+    C = x.shape[-1]
+    rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
+    added = None if delta is None else delta.reshape(rows.shape)
+    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    BLOCK = next_power_of_2(C)
+    _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
+        rows, added, weight, None if delta is None else total, out,
+        *rows.stride()[:2], *((0, 0) if delta is None else added.stride()[:2]), rows.shape[1], eps,
+        C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+    return total, out
 
 
 def rotate(x, cos, sin):
@@ -33,6 +67,32 @@ def rotate_reference(x, cos, sin):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
+@triton.jit
+def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
+                   HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    real = (head < H)[:, None] & (d < HALF)[None, :]
+    cos = tl.load(cos_ptr + token * HALF + d, mask=d < HALF, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * HALF + d, mask=d < HALF, other=0.0)[None, :]
+    x_at = x_ptr + token // N * x_b + token % N * x_n + head[:, None] * x_h + d[None, :]
+    x1 = tl.load(x_at, mask=real, other=0.0).to(tl.float32)
+    x2 = tl.load(x_at + HALF, mask=real, other=0.0).to(tl.float32)
+    out_at = out_ptr + (token * H + head[:, None]) * (2 * HALF) + d[None, :]
+    tl.store(out_at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=real)
+    tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=real)
+
+
+def rotate_triton(x, cos, sin):
+    B, N, H, D = x.shape
+    out = torch.empty(B, N, H, D, dtype=x.dtype, device=x.device)
+    HEADS = min(8, next_power_of_2(H))
+    _rotate_kernel[(B * N, -(-H // HEADS))](
+        x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
+        HALF=D // 2, BLOCK=next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
+    return out
+
+
 def silu_mul(gate_up):
     """SwiGLU's element-wise part: gate_up [..., 2F] -> silu(gate) * up [..., F]."""
     run = silu_mul_triton if use_triton(gate_up) else silu_mul_reference
@@ -42,3 +102,21 @@ def silu_mul(gate_up):
 def silu_mul_reference(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up_ptr + row * row_stride + f, mask=f < F, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * row_stride + F + f, mask=f < F, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * F + f, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=f < F)
+
+
+def silu_mul_triton(gate_up):
+    F = gate_up.shape[-1] // 2
+    rows = gate_up.reshape(-1, 2 * F)
+    out = torch.empty(*gate_up.shape[:-1], F, dtype=gate_up.dtype, device=gate_up.device)
+    BLOCK = min(1024, next_power_of_2(F))
+    _silu_mul_kernel[(len(rows), -(-F // BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
+    return out
