@@ -50,11 +50,11 @@ def read_tree(root, prefix, skipped):
 
 
 def read_text(path):
-    """The file's text, or None if it is binary or not UTF-8."""
+    """The file's text, or None if it cannot be read as UTF-8 text."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         return None
     return None if "\0" in text else text
 
@@ -74,11 +74,11 @@ def read_inputs(paths):
             text = read_text(file)
             if text is None:
                 if file == path:
-                    raise UserError(f"--input {path} is not UTF-8 text")
+                    raise UserError(f"--input {path} cannot be read as UTF-8 text")
                 continue
             name = os.path.relpath(file, os.path.dirname(os.path.abspath(path))).replace(os.sep, "/")
             if file.endswith(".jsonl"):
-                lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+                lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
                 documents += [(f"{name}:{i}", render_chat(line, f"{file}, line {i}")) for i, line in lines]
             else:
                 documents.append((name, text))
@@ -115,7 +115,6 @@ def download_shakespeare(folder):
         except OSError as error:                                  # urllib's errors are OSErrors
             raise UserError(f"cannot download tiny Shakespeare ({error}): without a network, take the default dataset "
                             "or a text of your own with --input FILE") from None
-        os.makedirs(folder, exist_ok=True)
         with open(f"{path}.tmp", "wb") as file:
             file.write(content)
         os.replace(f"{path}.tmp", path)

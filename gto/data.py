@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gto.bpe import train_bpe
 from gto.corpus import collect
 from gto.errors import UserError
-from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, load_encoding, make_encoding, save_encoding, train_bpe
+from gto.tokenizer import (END_OF_TEXT, LLAMA3_PATTERN, describe, load_encoding, make_encoding, read_own_meta,
+                           save_tokenizer)
 
 DEFAULT_VOCAB_SIZE = 2048
 BPE_SAMPLE_CHARS = 20_000_000       # more text does not change a small vocabulary, but costs time
@@ -99,26 +101,25 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=None, tokenizer=None,
     vocab_size        ids of a BPE trained here, with the end-of-text token (default 2048); small corpora give fewer
     tokenizer         use this one instead (see load_encoding)
     """
-    if tokenizer and vocab_size:
+    if tokenizer is not None and vocab_size is not None:
         raise UserError("--vocab-size is for a tokenizer trained here: leave it out, or leave --tokenizer out")
-    vocab_size = vocab_size or DEFAULT_VOCAB_SIZE
+    vocab_size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size}: at least 257, for the 256 bytes and the end-of-text token")
     if not 0 < val_fraction <= .5:
         raise UserError(f"--val-fraction {val_fraction}: more than 0 and at most 0.5")
-    encoding = load_encoding(tokenizer) if tokenizer else None
+    make_room(out)
+    encoding = load_encoding(tokenizer) if tokenizer is not None else None
     train, val = split(collect(dataset, inputs, download_dir=out), val_fraction)
     if encoding is None:
         stride = 1 + sum(len(text) for _, text in train) // BPE_SAMPLE_CHARS
-        ranks = train_bpe([text for _, text in train[::stride]], vocab_size - 1)
+        ranks = train_bpe([text for _, text in train[::stride]], vocab_size - 1, LLAMA3_PATTERN)
         encoding = make_encoding("trained here", LLAMA3_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
-    try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error}") from None
-    if os.path.exists(path := os.path.join(out, "meta.json")):
-        os.remove(path)                                           # from here till the end the directory is incomplete
-    meta = save_encoding(out, encoding)
+
+    for name in "meta.json", "tokenizer.model":                   # from here till the end the directory is incomplete
+        if os.path.exists(path := os.path.join(out, name)):
+            os.remove(path)
+    meta = describe(encoding)
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
     for side, documents in ("train", train), ("val", val):
         meta[f"{side}_documents"] = len(documents)
@@ -126,8 +127,21 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=None, tokenizer=None,
     characters = sum(len(text) for _, text in train + val)
     meta["chars_per_token"] = round(characters / (meta["train_tokens"] + meta["val_tokens"]), 3)
     write_text(os.path.join(out, "prompts.jsonl"), "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
+    save_tokenizer(os.path.join(out, "tokenizer.model"), encoding)
     write_text(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
     return meta
+
+
+def make_room(out):
+    """Create `out`; refuse a folder whose tokenizer.model or meta.json somebody else wrote, such as a model's."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    if read_own_meta(out) is None:
+        for name in "meta.json", "tokenizer.model":
+            if os.path.exists(os.path.join(out, name)):
+                raise UserError(f"{out} holds a {name} that is not of a data directory: choose another --out")
 
 
 def write_tokens(path, documents, encoding, meta):

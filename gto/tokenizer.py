@@ -1,26 +1,17 @@
-"""Tokenizers: a byte-level BPE trainer, tiktoken's rank files, and the tokenizers of released models.
+"""Tokenizers: ours, tiktoken's, and those of released models, behind one interface.
 
 Everything encodes and decodes with tiktoken, except SentencePiece models (Llama 2, Vicuna), whose vocabulary is not
 made of bytes; `SentencePieceEncoding` gives them the same few methods.
-
-A rank file is text: per line base64(bytes of the token), a space, the rank. It is the format of Llama 3's
-`tokenizer.model`. A token's rank is its id, and also its priority: tiktoken merges the pair whose result has the
-lowest rank first.
 """
-import base64
-import binascii
 import codecs
-import heapq
 import json
 import os
-import shutil
+import re
 import unicodedata
-from collections import Counter, defaultdict
 
-import regex
 import tiktoken
-from tqdm import tqdm
 
+from gto.bpe import read_ranks, save_ranks
 from gto.errors import UserError
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,101 +21,6 @@ END_OF_TEXT = "<|end_of_text|>"
 # How released tokenizers name the token between two documents.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>")
 
-
-# Training -------------------------------------------------------------------------------------------------------
-
-def train_bpe(texts, vocab_size, pattern=LLAMA3_PATTERN, progress=True):
-    """Learn a byte-level BPE. texts: iterable of str. Returns {token bytes: rank} with vocab_size entries, or fewer
-    if no pair is left that occurs twice; ranks 0..255 are the single bytes.
-
-    Candidates are counted by the bytes they would make, not by their two halves: tiktoken merges *any* neighbours
-    whose joined bytes are in the table, and so trainer and encoder cut the training text alike. Ties go to the
-    smallest bytes, so the result depends on nothing but the words' counts.
-    """
-    counts = Counter()
-    for text in tqdm(texts, "count words", disable=None if progress else True, unit="doc", leave=False):
-        counts.update(regex.findall(pattern, text))
-    words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in counts]
-    frequency = list(counts.values())
-
-    pair_count, pair_words = Counter(), defaultdict(set)          # joined bytes -> occurrences, indices of words
-    for index, word in enumerate(words):
-        for left, right in zip(word, word[1:]):
-            pair_count[left + right] += frequency[index]
-            pair_words[left + right].add(index)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
-    heapq.heapify(heap)
-
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    with tqdm(total=vocab_size, initial=256, desc="train BPE", disable=None if progress else True, unit="token") as bar:
-        while len(ranks) < vocab_size and heap:
-            count, pair = heapq.heappop(heap)
-            if -count != pair_count[pair]:
-                continue                                          # outdated: a newer entry is in the heap
-            if -count < 2:
-                break
-            if pair not in ranks:                                 # b"abc" can return as a|bc after ab|c
-                ranks[pair] = len(ranks)
-                bar.update()
-            changed = set()
-            for index in pair_words.pop(pair):
-                old, words[index] = words[index], merge_pair(words[index], pair)
-                for left, right in zip(old, old[1:]):
-                    pair_count[left + right] -= frequency[index]
-                    changed.add(left + right)
-                for left, right in zip(words[index], words[index][1:]):
-                    pair_count[left + right] += frequency[index]
-                    pair_words[left + right].add(index)
-                    changed.add(left + right)
-            for key in changed:
-                if pair_count[key] > 0:
-                    heapq.heappush(heap, (-pair_count[key], key))
-    return ranks
-
-
-def merge_pair(word, pair):
-    """word: list of bytes. Joins neighbours that make `pair`, from left to right."""
-    merged, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and word[i] + word[i + 1] == pair:
-            merged.append(pair)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged
-
-
-# Rank files -----------------------------------------------------------------------------------------------------
-
-def save_ranks(path, ranks):
-    """Write {token bytes: rank} as a tiktoken rank file."""
-    with open(f"{path}.tmp", "wb") as file:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            file.write(base64.b64encode(token) + b" %d\n" % rank)
-    os.replace(f"{path}.tmp", path)
-
-
-def read_ranks(path):
-    """The inverse of save_ranks, or None if the file is something else (a SentencePiece model).
-
-    Not tiktoken.load.load_tiktoken_bpe: that one caches by *path*, so a tokenizer trained again into the same file
-    would come back as the old one.
-    """
-    ranks = {}
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, binascii.Error):
-                return None
-    return ranks or None
-
-
-# Loading --------------------------------------------------------------------------------------------------------
 
 def load_encoding(source):
     """The tokenizer of a data directory, of a released model, or one of tiktoken's by name.
@@ -139,7 +35,7 @@ def load_encoding(source):
     source = str(source)
     if os.path.isdir(source):
         names = ["tokenizer.json", "tokenizer.model"]
-        if _read_own_meta(source) is not None:
+        if read_own_meta(source) is not None:
             names.reverse()
         path = next((p for p in (os.path.join(source, name) for name in names) if os.path.isfile(p)), None)
         if path is None:
@@ -152,23 +48,26 @@ def load_encoding(source):
     ranks = read_ranks(source)
     if ranks is None:
         return SentencePieceEncoding(source)
-    meta = _read_own_meta(os.path.dirname(source))
+    meta = read_own_meta(os.path.dirname(source))
     if meta is None:
         meta = {"pattern": LLAMA3_PATTERN, "special_tokens": llama3_specials(len(ranks)), "normalizer": None}
     return make_encoding(source, meta["pattern"], ranks, meta["special_tokens"], meta["normalizer"])
 
 
-def save_encoding(directory, encoding):
-    """Write tokenizer.model there. Returns the entries of meta.json that load_encoding(directory) needs beside it."""
-    path = os.path.join(directory, "tokenizer.model")
-    if isinstance(encoding, SentencePieceEncoding):
-        shutil.copyfile(encoding.path, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    else:
-        save_ranks(path, encoding._mergeable_ranks)
+def describe(encoding):
+    """The entries of meta.json that load_encoding needs beside tokenizer.model, and the sizes a model needs."""
     return {"vocab_size": encoding.n_vocab, "pattern": getattr(encoding, "_pat_str", None),
             "normalizer": "NFC" if isinstance(encoding, NFCEncoding) else None,
             "special_tokens": special_tokens(encoding), "eot_id": end_of_text_id(encoding)}
+
+
+def save_tokenizer(path, encoding):
+    """Write any encoding as tokenizer.model: a rank file, or the SentencePiece model it came from."""
+    if not isinstance(encoding, SentencePieceEncoding):
+        return save_ranks(path, encoding._mergeable_ranks)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(encoding.model.serialized_model_proto())
+    os.replace(f"{path}.tmp", path)
 
 
 def special_tokens(encoding):
@@ -235,7 +134,7 @@ class SentencePieceEncoding:
             import sentencepiece
         except ImportError:
             raise UserError(f"{path} is no rank file; if it is a SentencePiece model: pip install sentencepiece")
-        self.name, self.path = path, path
+        self.name = path
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError):
@@ -255,7 +154,7 @@ class SentencePieceEncoding:
         if allowed_special != "all":
             return self.encode_ordinary(text)
         ids = []
-        for part in regex.split("(" + "|".join(map(regex.escape, self._special_tokens)) + ")", text):
+        for part in re.split("(" + "|".join(map(re.escape, self._special_tokens)) + ")", text):
             ids += [self._special_tokens[part]] if part in self._special_tokens else self.encode_ordinary(part)
         return ids
 
@@ -272,7 +171,7 @@ class SentencePieceEncoding:
         return b"" if self.model.is_control(token) else piece.replace("\u2581", " ").encode()
 
 
-def _read_own_meta(directory):
+def read_own_meta(directory):
     """meta.json of prepare_data.py, or None; other programs write files of that name too."""
     try:
         with open(os.path.join(directory, "meta.json"), encoding="utf-8") as file:
@@ -288,7 +187,10 @@ def make_encoding(name, pattern, ranks, specials, normalizer=None):
     if len(set(ids)) < len(ids) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise UserError(f"{name}: not a byte-level vocabulary with all 256 bytes and a distinct id for each token")
     kind = {None: tiktoken.Encoding, "NFC": NFCEncoding}[normalizer]
-    return kind(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    try:
+        return kind(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    except ValueError as error:
+        raise UserError(f"{name}: tiktoken does not understand the split pattern ({error})") from None
 
 
 def _load_by_name(name):

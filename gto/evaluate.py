@@ -1,0 +1,65 @@
+"""Acceptance length and speed, measured the same way for every method."""
+import time
+
+import torch
+
+from gto.engine import Engine
+from gto.verify import Sampling
+
+
+def acceptance(target, head, prompts, shape, temperature, new_tokens, batch=16, score_temp=None, seed=0):
+    """Decode all prompts, `batch` at a time.
+
+    Returns tau [prompts]: tokens emitted per draft-verify cycle, the bonus token counted, by prompt;
+            outputs: the first `new_tokens` tokens of each.
+    """
+    torch.manual_seed(seed)
+    taus, outputs = [], []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start:start + batch]
+        capacity = max(map(len, part)) + new_tokens + shape.levels + 1
+        engine = Engine(target, head, shape, Sampling(temperature), len(part), capacity, score_temp)
+        rows, cycles, emitted = [[token] for token in engine.prefill(part)], [0] * len(part), [0] * len(part)
+        while any(len(row) < new_tokens for row in rows):
+            for b, tokens in enumerate(engine.cycle()):
+                if len(rows[b]) < new_tokens:
+                    rows[b] += tokens
+                    cycles[b] += 1
+                    emitted[b] += len(tokens)
+        taus += [n / max(c, 1) for n, c in zip(emitted, cycles)]
+        outputs += [row[:new_tokens] for row in rows]
+    return torch.tensor(taus), outputs
+
+
+def timed(engine, prompt, new_tokens):
+    """Seconds for `new_tokens` tokens of one prompt, prefill left out, and the tokens."""
+    out = list(engine.prefill([prompt]))
+    synchronize(engine.device)
+    began = time.perf_counter()
+    while len(out) < new_tokens:
+        out += engine.cycle()[0]
+    synchronize(engine.device)
+    return (time.perf_counter() - began) / (len(out) - 1), out
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def speeds(engines, prompts, new_tokens):
+    """Tokens per second of several engines (batch 1), {name: [tokens/s by prompt]}, prompt by prompt in turn, so that
+    a machine that slows down slows all of them."""
+    result = {name: [] for name in engines}
+    for i, prompt in enumerate(prompts[:1] + prompts):                                # the first is the warm-up
+        for name, engine in engines.items():
+            seconds, _ = timed(engine, prompt, new_tokens)
+            if i:
+                result[name].append(1 / seconds)
+    return {name: torch.tensor(values) for name, values in result.items()}
+
+
+def paired(a, b):
+    """Mean and standard error of a - b over prompts: both decode the same ones, so their common difficulty cancels."""
+    difference = a - b
+    return difference.mean().item(), (difference.std() / len(difference) ** 0.5).item()

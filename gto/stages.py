@@ -1,0 +1,143 @@
+"""The four trainings: the target, the text it writes, the head (phase I or its continuation), the head by GTO."""
+import torch
+from torch.nn import functional as F
+
+from gto.engine import Engine
+from gto.head import DraftHead, HeadConfig
+from gto.loss import advantages, debias, ratio, surrogate, token_loss
+from gto.model import ModelConfig, Target, cast
+from gto.muon import Muon
+from gto.rollout import grow, read, sample_groups, sequence_log_prob
+from gto.trainer import train
+from gto.tree import TreeShape, score_temperature
+from gto.verify import Sampling
+
+
+def generator_for(seed, step):
+    """Randomness as a function of the step alone: a resumed run draws what the uninterrupted one would have."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def train_target(config, corpus, out, device):
+    """A target from scratch: next-token cross-entropy. On CUDA in bf16 with a compiled forward. Returns the Target."""
+    torch.manual_seed(config.seed)
+    target = Target(ModelConfig(
+        vocab_size=corpus.vocab_size, layers=config.layers, dim=config.dim, heads=config.heads, kv_heads=config.kv_heads,
+        head_dim=config.head_dim, ffn_dim=config.ffn_dim, max_len=4 * config.length)).init_weights().to(device)
+    forward = torch.compile(target) if device == "cuda" else target
+    hidden_matrices = [p for p in target.blocks.parameters() if p.dim() == 2]
+    chosen = set(hidden_matrices)
+    others = [p for p in target.parameters() if p not in chosen]
+    optimizers = [Muon(hidden_matrices, config.muon_lr), torch.optim.AdamW(others, config.adam_lr, (0.9, 0.95), weight_decay=0)]
+
+    def loss_of(step):
+        batch = corpus.batch("train", step, config.target_batch, config.length, config.seed).to(device)  # [B, T+1]
+        hidden, *_ = forward(batch[:, :-1])
+        return F.cross_entropy(target.logits(hidden).flatten(0, 1).float(), batch[:, 1:].flatten()), {}
+
+    train("target", target, optimizers, loss_of, config.target_steps, out, device=device,
+          autocast=torch.bfloat16 if device == "cuda" else None, clip=1.0)
+    return target.requires_grad_(False)
+
+
+@torch.no_grad()
+def validation_loss(target, corpus, config, batches=8):
+    """Nats per token on held-out files."""
+    device = target.norm.weight.device
+    losses = []
+    for step in range(batches):
+        batch = corpus.batch("val", step, config.target_batch, config.length, config.seed).to(device)
+        hidden, *_ = target(batch[:, :-1])
+        losses.append(F.cross_entropy(target.logits(hidden).flatten(0, 1).float(), batch[:, 1:].flatten()).item())
+    return sum(losses) / len(losses)
+
+
+def write_texts(config, target, corpus, progress, batch=64):
+    """Sequences [texts, length] that the target continues from the corpus; every other batch is greedy.
+
+    A head meets the target's own text when it decodes; trained on that, it drafts much better at T=0.
+    """
+    torch.manual_seed(config.seed)
+    texts = []
+    for step in progress(range(config.texts // batch)):
+        prompts = corpus.batch("train", step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
+        engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)
+        rows = [list(prompt) for prompt in prompts]
+        for new in engine.generate(prompts, config.length - config.prompt_length):
+            for row, tokens in zip(rows, new):
+                row += tokens
+        texts.append(torch.tensor(rows))
+    return torch.cat(texts)
+
+
+def new_head(config, target, texts):
+    """A fresh head for this target; its draft vocabulary is the most frequent tokens of the texts, ids ascending."""
+    torch.manual_seed(config.seed)
+    t = target.config
+    head = DraftHead(HeadConfig(
+        vocab_size=t.vocab_size, draft_vocab_size=min(config.draft_vocab_size, t.vocab_size), target_dim=t.dim, dim=t.dim,
+        heads=t.heads, kv_heads=t.kv_heads, head_dim=t.head_dim, ffn_dim=config.head_ffn_dim, norm_eps=t.norm_eps,
+        max_len=t.max_len), target).init_weights()
+    frequency = torch.bincount(texts.flatten(), minlength=t.vocab_size)
+    head.token_ids.copy_(frequency.argsort(descending=True, stable=True)[:len(head.token_ids)].sort().values)
+    return head.to(target.norm.weight.device)
+
+
+def unrolled_token_loss(config, head, text):
+    """Training-time test over a whole batch: every slot starts a chain along the true text. -> scalar."""
+    B, T = text.tokens.shape
+    J = config.unroll
+    slots = torch.arange(T - J - 2, device=text.tokens.device)                        # roots whose chain fits the text
+    # Root slot r predicts token r+2, step j token r+2+j; the target's distribution of it stands at r+1+j.
+    places = slots[:, None] + torch.arange(J + 1, device=slots.device)                # [R, J+1]
+    chains = text.tokens[:, places[:, :-1] + 2]                                       # [B, R, J]
+    hidden = head.unroll(text.features, text.tokens.roll(-1, dims=1), slots.expand(B, -1), chains)
+    log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
+    weight = torch.ones(log_q.shape[:3], device=log_q.device)
+    return token_loss(log_q, text.logits[:, places + 1], head.token_ids, weight, config.label_temperature)
+
+
+def train_head(name, config, target, head, texts, steps, lr, batch, seed, out, reference=None):
+    """Token-level training of `head`; with a frozen `reference` head, GTO on top: L = L_token + omega * L_GTO.
+
+    texts [n, length] token ids. Returns the seconds it took. Every step draws its texts and groups from `seed`.
+    """
+    device = str(target.norm.weight.device.type)
+    optimizer = torch.optim.AdamW(head.parameters(), lr, (0.9, 0.95), weight_decay=0)
+
+    def loss_of(step):
+        generator = generator_for(seed, step)
+        rows = torch.randint(len(texts), (batch,), generator=generator)
+        text = read(target, texts[rows].to(device))
+        loss = unrolled_token_loss(config, head, text)
+        if reference is None:
+            return loss, {}
+        gto_loss, figures = group_loss(config, target, head, reference, text, generator)
+        return loss + config.omega * gto_loss, {"token": loss, **figures}
+
+    return train(name, head, [optimizer], loss_of, steps, out, device=device, clip=config.clip)
+
+
+def group_loss(config, target, head, reference, text, generator):
+    """L_GTO of one batch: trees of both heads at groups of positions, eq. 3-12. Returns (loss, figures)."""
+    shape, temperature = TreeShape.parse(config.tree), score_temperature(1.0)
+    slots = sample_groups(text.tokens.shape[1], config.groups, config.group_size, shape.levels, generator)
+    roots = slots.to(text.tokens.device).expand(len(text.tokens), -1)                 # [B, K * m]
+    trees, reference_trees = (grow(target, h, text, roots, shape, temperature, config.aggregator, config.eta)
+                              for h in (head, reference))
+    log_q = sequence_log_prob(head, text, roots, trees)                               # [B, K * m], with gradient
+    with torch.no_grad():
+        reference_log_q = sequence_log_prob(reference, text, roots, trees)
+    in_groups = (len(text.tokens), -1, config.group_size)
+    reward = debias(trees.reward, reference_trees.reward) if config.debias else trees.reward
+    advantage = advantages(reward.view(in_groups), config.delta)                      # [B, K, m]
+    s = ratio(log_q, reference_log_q, trees.length).view(in_groups)
+    return surrogate(s, advantage, config.eps), {"reward": trees.reward.mean(), "gain": reward.mean(),
+                                                 "accepted": trees.length.float().mean()}
+
+
+def copy_of(head, target):
+    """A head to go on training from."""
+    student = DraftHead(head.config, target).to(target.norm.weight.device)
+    student.load_state_dict(head.state_dict())
+    return student
