@@ -101,6 +101,8 @@ def load_head(path, target, dtype=None):
     if (config.target_dim, config.vocab_size) != (target.config.dim, target.config.vocab_size):
         raise UserError(f"{path} was made for another target: {config.target_dim} wide with {config.vocab_size} tokens, "
                         f"this one has {target.config.dim} and {target.config.vocab_size}")
+    if config.dim != target.config.dim and not config.own_embedding:
+        raise UserError(f"{path} is {config.dim} wide, its target {target.config.dim}: then it needs embed_tokens.weight")
     with torch.device("meta"):
         head = DraftHead(config, target)
     head.token_ids = draft_token_ids(path, tensors, config).to(like.device)
@@ -224,15 +226,13 @@ def eagle_config(path, tensors):
 def draft_token_ids(path, tensors, config):
     """Draft id -> target id [V']. The files store the difference, d2t; without it the two vocabularies are the same."""
     ids = torch.arange(config.draft_vocab_size)
-    tensors.pop("t2d", None)                                      # which target ids occur in d2t's result: redundant
-    if config.draft_vocab_size != config.vocab_size:
-        difference = tensors.pop("d2t", [torch.empty(0)])[0]
-        if difference.shape != ids.shape:
-            raise UserError(f"{path}: d2t has shape {list(difference.shape)}, draft_vocab_size is {len(ids)}")
-        ids = ids + difference
-        if ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise UserError(f"{path}: d2t points outside of the target's {config.vocab_size} tokens")
-    tensors.pop("d2t", None)
+    if config.draft_vocab_size == config.vocab_size:
+        return ids
+    if "d2t" not in tensors or tensors["d2t"][0].shape != ids.shape:
+        raise UserError(f"{path}: needs a d2t of {len(ids)} entries, as many as its draft_vocab_size")
+    ids = ids + tensors["d2t"][0]
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise UserError(f"{path}: d2t points outside of the target's {config.vocab_size} tokens")
     return ids
 
 
@@ -271,8 +271,8 @@ def pieces(config, layout, name, shape):
 def check(wanted, tensors, path):
     """UserError that names the tensors which are missing, left over, or of the wrong shape."""
     shapes = {source: shape for _, parts in wanted.values() for source, shape in parts}
-    # A copy of a tied output matrix, and tables of old Llamas that are worked out here.
-    redundant = ("lm_head.weight", "output.weight", "rotary_emb.inv_freq", "rope.freqs")
+    # The copy of a tied output matrix, old Llamas' rotary tables, a head's vocabulary map (see draft_token_ids).
+    redundant = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "d2t", "t2d")
     problems = {
         "missing": [name for name in shapes if name not in tensors],
         "not expected": [name for name in tensors if name not in shapes and not name.endswith(redundant)],
