@@ -15,7 +15,7 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 # Tests and tables are code that nobody would complete by hand.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages",
                    "__pycache__"}
-GENERATED_BYTES = 1_000_000         # a longer source file was written by a program
+GENERATED_CHARS = 1_000_000         # a longer source file was written by a program
 
 
 def collect(dataset, inputs=None, download_dir=None):
@@ -29,8 +29,9 @@ def collect(dataset, inputs=None, download_dir=None):
         if dataset == "python":
             for folder in sorted({sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}):
                 documents += read_tree(folder, "site-packages", {"__pycache__"})
-            documents = list({hashlib.sha256(text.encode()).digest(): (name, text)
-                              for name, text in reversed(documents)}.values())
+            by_content = {hashlib.sha256(text.encode()).digest(): (name, text)
+                          for name, text in sorted(documents, reverse=True)}      # of copies the first name stays
+            documents = list(by_content.values())
         if not documents:
             raise UserError("this interpreter has no standard library source; give text or code with --input")
     return sorted(document for document in documents if document[1].strip())
@@ -43,9 +44,10 @@ def read_tree(root, prefix, skipped):
         folders[:] = [name for name in folders if name not in skipped]
         for name in files:
             path = os.path.join(folder, name)
-            if name.endswith(".py") and not name.startswith("_sysconfigdata") \
-                    and os.path.getsize(path) <= GENERATED_BYTES and (text := read_text(path)) is not None:
-                documents.append((f"{prefix}/{os.path.relpath(path, root)}".replace(os.sep, "/"), text))
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):    # that one describes the machine
+                text = read_text(path)
+                if text is not None and len(text) <= GENERATED_CHARS:
+                    documents.append((f"{prefix}/{os.path.relpath(path, root)}".replace(os.sep, "/"), text))
     return documents
 
 
@@ -64,8 +66,8 @@ def read_inputs(paths):
     documents = []
     for path in paths:
         if os.path.isdir(path):
-            files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                           if "/." not in f"/{os.path.relpath(os.path.join(folder, name), path)}")   # hidden
+            found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+            files = sorted(file for file in found if not is_hidden(os.path.relpath(file, path)))
         elif os.path.isfile(path):
             files = [path]
         else:
@@ -87,6 +89,10 @@ def read_inputs(paths):
     return documents
 
 
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.split(os.sep))
+
+
 def render_chat(line, where):
     """One line of a chat .jsonl as plain text, 'User: ...' and 'Assistant: ...'. Knows "text", "turns" (the user's),
     "messages" [{role, content}] and ShareGPT's "conversations" [{from, value}]. `where` is for the error."""
@@ -99,11 +105,13 @@ def render_chat(line, where):
             turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
         elif "conversations" in record:
             turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        else:
+        elif isinstance(record["turns"], list):
             turns = [("user", turn) for turn in record["turns"]]
+        else:
+            raise TypeError
         return "\n\n".join(f"{roles.get(role, role.capitalize())}: {text.strip()}" for role, text in turns) + "\n"
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{where}: expected a JSON object with "text", "turns", "messages" or "conversations"') from None
+        raise UserError(f'{where}: expected an object with "text", "turns", "messages" or "conversations"') from None
 
 
 def download_shakespeare(folder):

@@ -116,10 +116,10 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=None, tokenizer=None,
         ranks = train_bpe([text for _, text in train[::stride]], vocab_size - 1, LLAMA3_PATTERN)
         encoding = make_encoding("trained here", LLAMA3_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
 
+    meta = describe(encoding)
     for name in "meta.json", "tokenizer.model":                   # from here till the end the directory is incomplete
         if os.path.exists(path := os.path.join(out, name)):
             os.remove(path)
-    meta = describe(encoding)
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
     for side, documents in ("train", train), ("val", val):
         meta[f"{side}_documents"] = len(documents)

@@ -3,6 +3,8 @@
 Every tensor of a cycle has a fixed shape and every length lives on the device, so that on a GPU one cycle is one
 CUDA graph; the host only reads what was emitted.
 """
+import itertools
+
 import torch
 
 from gto.errors import UserError
@@ -28,6 +30,7 @@ class Engine:
         self.score_temp = score_temp or score_temperature(self.sampling.temperature)
         self.width = self.shape.levels + 1 if head is not None else 1                 # P: most tokens a cycle emits
         self.device = target.norm.weight.device
+        self.graph = None                                                             # a cycle's CUDA graph
         self.target_cache = target.new_cache(batch, self.capacity + self.width)
         self.head_cache = head.new_cache(batch, self.capacity + self.width) if head is not None else None
         # The state a cycle reads and overwrites in place. `length` counts what the target has cached: everything
@@ -97,11 +100,52 @@ class Engine:
         # A finished sequence may wait for others: it stays inside the cache.
         self.length.add_(count + 1).clamp_(max=self.capacity)
 
-    @torch.no_grad()
     def cycle(self):
-        """One draft-verify cycle. Returns the tokens emitted by each sequence, a list of B lists."""
+        """Draft, verify, compact: every shape fixed, every length on the device."""
         self.check(self.draft())
-        return [row[:n + 1] for row, n in zip(self.emitted.tolist(), self.count.tolist())]
+
+    def capture(self):
+        """Record a cycle as a CUDA graph. Warm-up cycles (which compile kernels) come first and are taken back."""
+        state = [x.clone() for x in (self.length, self.count, self.emitted, self.features)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.cycle()
+        torch.cuda.current_stream().wait_stream(side)
+        for x, before in zip((self.length, self.count, self.emitted, self.features), state):
+            x.copy_(before)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.cycle()
+
+    @torch.no_grad()
+    def launch(self):
+        """Queue one cycle and the copy of what it emits to the host; `collect` waits for that copy."""
+        if self.device.type != "cuda":
+            self.cycle()
+            return torch.cat([self.count[:, None], self.emitted], dim=1), None
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        result = torch.cat([self.count[:, None], self.emitted], dim=1)                # [B, 1 + P]
+        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return host, copied
+
+    def cycles(self):
+        """Yields, cycle after cycle and without end, the tokens emitted by each sequence: a list of B lists.
+
+        On a GPU the next cycle is already queued when one is read: the device never waits for the host.
+        """
+        ahead = [self.launch()] if self.device.type == "cuda" else []
+        while True:
+            ahead.append(self.launch())
+            host, copied = ahead.pop(0)
+            if copied is not None:
+                copied.synchronize()
+            yield [row[1:row[0] + 2] for row in host.tolist()]
 
     def generate(self, prompts, max_new_tokens, stop=()):
         """Yields, after the prefill and after every cycle, the new tokens of each sequence (empty once finished).
@@ -109,15 +153,11 @@ class Engine:
         A sequence ends after `max_new_tokens`, with a token of `stop`, or when the context is full.
         """
         room = [min(max_new_tokens, self.capacity - len(p)) for p in prompts]
-        new = [[token] for token in self.prefill(prompts)]
-        while True:
-            for b, tokens in enumerate(new):
-                new[b] = tokens = cut(tokens[:room[b]], stop)
-                room[b] = 0 if tokens and tokens[-1] in stop else room[b] - len(tokens)
+        emitted = itertools.chain([[[token] for token in self.prefill(prompts)]], self.cycles())
+        while any(room):
+            new = [cut(tokens[:left], stop) for tokens, left in zip(next(emitted), room)]
+            room = [0 if tokens and tokens[-1] in stop else left - len(tokens) for tokens, left in zip(new, room)]
             yield new
-            if not any(room):
-                return
-            new = self.cycle()
 
 
 def cut(tokens, stop):

@@ -20,8 +20,9 @@ def acceptance(target, head, prompts, shape, temperature, new_tokens, batch=16, 
         capacity = max(map(len, part)) + new_tokens + shape.levels + 1
         engine = Engine(target, head, shape, Sampling(temperature), len(part), capacity, score_temp)
         rows, cycles, emitted = [[token] for token in engine.prefill(part)], [0] * len(part), [0] * len(part)
+        stream = engine.cycles()
         while any(len(row) < new_tokens for row in rows):
-            for b, tokens in enumerate(engine.cycle()):
+            for b, tokens in enumerate(next(stream)):
                 if len(rows[b]) < new_tokens:
                     rows[b] += tokens
                     cycles[b] += 1
@@ -33,11 +34,11 @@ def acceptance(target, head, prompts, shape, temperature, new_tokens, batch=16, 
 
 def timed(engine, prompt, new_tokens):
     """Seconds for `new_tokens` tokens of one prompt, prefill left out, and the tokens."""
-    out = list(engine.prefill([prompt]))
+    out, cycles = engine.prefill([prompt]), engine.cycles()
     synchronize(engine.device)
     began = time.perf_counter()
     while len(out) < new_tokens:
-        out += engine.cycle()[0]
+        out += next(cycles)[0]
     synchronize(engine.device)
     return (time.perf_counter() - began) / (len(out) - 1), out
 

@@ -1,0 +1,93 @@
+"""Generate text by speculative decoding with a draft tree.
+
+    python decode.py --prompt "def fibonacci(n):"
+    python decode.py --prompt "import os" --temperature 1 --tree 4,4,12
+    python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
+
+On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain.
+"""
+import argparse
+import sys
+import time
+
+import gto  # noqa: F401  before torch: it sets the thread environment
+import torch
+
+from gto import checkpoint
+from gto.engine import Engine
+from gto.errors import UserError, main_guard
+from gto.evaluate import synchronize
+from gto.model import cast
+from gto.tokenizer import StreamDecoder, load_encoding
+from gto.tree import TreeShape
+from gto.verify import Sampling
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python decode.py --help)"))
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--target", default="out/cpu/target.pt")
+    parser.add_argument("--head", default="out/cpu/gto-1337.pt")
+    parser.add_argument("--tokenizer", default="data/stdlib", help="see gto/tokenizer.py for what can be named")
+    parser.add_argument("--tree", default="1,5,5", help="children,levels,nodes; 1,n,n is a chain (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def decode(engine, encoding, prompt, max_new_tokens, stop, show):
+    """Returns the new tokens, the cycles they took and the seconds after prefill."""
+    decoder, tokens, cycles, began = StreamDecoder(encoding), [], -1, None
+    for (new,) in engine.generate([prompt], max_new_tokens, stop):
+        if began is None:
+            synchronize(engine.device)
+            began = time.perf_counter()
+        cycles += 1
+        tokens += new
+        if show:
+            green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+            accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
+            print(f"{green}{accepted}{plain}{added}", end="", flush=True)
+    return tokens, cycles, time.perf_counter() - began
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.max_new_tokens < 1:
+        raise UserError("--max-new-tokens must be at least 1")
+    torch.manual_seed(arguments.seed)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    shape = TreeShape.parse(arguments.tree)
+    target = checkpoint.load_target(arguments.target, arguments.device)
+    head = checkpoint.load_head(arguments.head, target, arguments.device)
+    if arguments.device == "cuda":
+        cast(target, torch.bfloat16), cast(head, torch.bfloat16)
+    encoding = load_encoding(arguments.tokenizer)
+    prompt = encoding.encode(arguments.prompt, allowed_special="all")
+    if not prompt:
+        raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
+    stop = {encoding.eot_token}
+
+    engine = Engine(target, head, shape, sampling)
+    print(arguments.prompt, end="", flush=True)
+    tokens, cycles, seconds = decode(engine, encoding, prompt, arguments.max_new_tokens, stop, show=True)
+    rate = (len(tokens) - 1) / max(seconds, 1e-9)
+    print(f"\n\n{len(tokens)} tokens in {cycles} cycles, {(len(tokens) - 1) / max(cycles, 1):.2f} a cycle (tau),"
+          f" {rate:.0f} tokens/s", file=sys.stderr)
+    if arguments.compare:
+        torch.manual_seed(arguments.seed)
+        plain, _, seconds = decode(Engine(target, None, None, sampling), encoding, prompt, arguments.max_new_tokens, stop,
+                                   show=False)
+        plain_rate = (len(plain) - 1) / max(seconds, 1e-9)
+        same = "" if sampling.temperature else "the same tokens, " if plain == tokens else "DIFFERENT tokens, "
+        print(f"plain decoding: {same}{plain_rate:.0f} tokens/s; speed-up {rate / plain_rate:.2f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main_guard(main)
