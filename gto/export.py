@@ -9,7 +9,7 @@ import torch
 from gto import checkpoint
 from gto.errors import UserError, main_guard
 from gto.head import HeadConfig
-from gto.load import EAGLE, pieces
+from gto.layouts import EAGLE, pieces
 
 
 def eagle_tensors(config, weights):
