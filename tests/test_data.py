@@ -1,0 +1,359 @@
+"""Corpus, tokenizer and batches: what goes in comes out, nothing leaks into validation, bad input is one line."""
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken.load
+
+from gto.bpe import merge_pair, read_ranks, save_ranks, train_bpe
+from gto.corpus import collect, read_inputs, render_chat
+from gto.data import PIECE_CHARS, Corpus, cut_prompts, ensure_data, pieces, prepare, read_prompts, split
+from gto.errors import UserError
+from gto.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, StreamDecoder, llama3_specials, load_encoding, token_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT.parent / "shared" / "goldens"
+needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="reference outputs of other programs are not here")
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+INPUTS = [str(STDLIB / "asyncio"), str(STDLIB / "email")]
+TEXT = "naïve café 日本語 😀 e\u0301  def f(x):\n        return x + 12345\r\n<|end_of_text|>\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("data"))
+    prepare(out, inputs=INPUTS, vocab_size=512)
+    return out
+
+
+def sides(val_fraction=.05):    # train, validation: {name: text}
+    return [dict(documents) for documents in split(collect(None, INPUTS), val_fraction)]
+
+
+# BPE ---------------------------------------------------------------------------------------------------------------
+
+def brute_force_bpe(texts, vocab_size):
+    words = Counter(word for text in texts for word in regex.findall(LLAMA3_PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], count) for word, count in words.items()]
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size:
+        counts = Counter()
+        for word, count in words:
+            for left, right in zip(word, word[1:]):
+                counts[left + right] += count
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        ranks.setdefault(best, len(ranks))
+        words = [(merge_pair(word, best), count) for word, count in words]
+    return ranks
+
+
+def test_trainer_equals_counting_everything_again_at_each_merge():
+    rng = random.Random(0)
+    texts = ["".join(rng.choice(["a", "ab", "ba", "aa", "é", " ", "abc", "\n", "7"]) for _ in range(400))
+             for _ in range(5)]
+    ranks = train_bpe(texts, 330, LLAMA3_PATTERN, progress=False)
+    assert len(ranks) == 330 and ranks == brute_force_bpe(texts, 330)
+
+
+def test_trainer_stops_when_nothing_repeats():
+    assert len(train_bpe(["abc xyz"], 400, LLAMA3_PATTERN, progress=False)) == 256
+
+
+def test_rank_file_is_tiktokens(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    ranks = tiktoken.load.load_tiktoken_bpe(f"{folder}/tokenizer.model")
+    assert len(ranks) == 511 and all(ranks[bytes([b])] == b for b in range(256))
+    assert ranks == read_ranks(f"{folder}/tokenizer.model")
+    save_ranks(tmp_path / "again", ranks)
+    assert (tmp_path / "again").read_bytes() == Path(folder, "tokenizer.model").read_bytes()
+
+
+# Tokenizers --------------------------------------------------------------------------------------------------------
+
+def test_own_encoding_round_trip_and_compression(folder):
+    encoding = load_encoding(folder)
+    ids = encoding.encode_ordinary(TEXT)
+    assert encoding.decode(ids) == TEXT and max(ids) < 511 and len(ids) < len(TEXT.encode())
+    assert encoding.encode("<|end_of_text|>", allowed_special="all") == [511]
+    assert encoding.n_vocab == 512
+
+
+def test_stream_decoder_holds_back_incomplete_characters(folder):
+    encoding = load_encoding(folder)
+    decoder = StreamDecoder(encoding)
+    parts = [decoder.push([token]) for token in encoding.encode_ordinary(TEXT)]
+    assert "".join(parts) == TEXT and "" in parts and decoder.finish() == ""
+    decoder.push([0xF0])
+    assert decoder.finish() == "\ufffd"
+    assert token_bytes(encoding, 10**6).decode() == "\ufffd"
+
+
+def write_hugging_face(path, ranks, **changes):
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = {b: chr(b) for b in printable}
+    alphabet |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
+    config = {"added_tokens": [{"id": len(ranks), "content": "<|endoftext|>"}], "normalizer": None,
+              "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                  {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
+                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]},
+              "model": {"type": "BPE", "vocab": {"".join(alphabet[b] for b in t): r for t, r in ranks.items()}}}
+    path.write_text(json.dumps(config | changes), encoding="utf-8")
+
+
+def test_hugging_face_file_equals_its_rank_file(folder, tmp_path):
+    own, ranks, path = load_encoding(folder), read_ranks(f"{folder}/tokenizer.model"), tmp_path / "tokenizer.json"
+    write_hugging_face(path, ranks)
+    encoding = load_encoding(tmp_path)
+    assert encoding.encode_ordinary(TEXT) == own.encode_ordinary(TEXT)
+    assert encoding.encode("<|endoftext|>", allowed_special="all") == [511]
+
+    write_hugging_face(path, ranks, normalizer={"type": "NFC"})
+    composed = load_encoding(path)
+    assert composed.encode_ordinary("e\u0301") == composed.encode_ordinary("é") != encoding.encode_ordinary("e\u0301")
+    assert composed.encode_ordinary_batch(["e\u0301"])[0] == composed.encode("e\u0301") == composed.encode("é")
+
+    prepare(tmp_path / "out", inputs=INPUTS[:1], tokenizer=str(path))       # the normaliser survives in meta.json
+    assert load_encoding(tmp_path / "out").encode_ordinary("e\u0301") == composed.encode_ordinary("é")
+
+    for broken in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": {"type": "Metaspace"}},
+                   {"model": {"type": "Unigram", "vocab": []}}, {"model": {"vocab": {"a": 0}}}):
+        write_hugging_face(path, ranks, **broken)
+        with pytest.raises(UserError):
+            load_encoding(path)
+
+
+def test_bare_rank_file_gets_llama3_specials(folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(Path(folder, "tokenizer.model").read_bytes())
+    encoding = load_encoding(tmp_path)
+    assert encoding.n_vocab == 511 + 256
+    specials = llama3_specials(128000)
+    assert len(specials) == 256 and specials["<|reserved_special_token_247|>"] == 128255
+    assert specials["<|eot_id|>"] == 128009 and specials["<|reserved_special_token_3|>"] == 128011
+
+
+def test_gpt2_pattern_splits_as_tiktokens():
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    assert regex.findall(GPT2_PATTERN, TEXT) == regex.findall(public.r50k_pat_str, TEXT)
+
+
+def test_pieces_keep_the_text_and_bound_the_length():
+    for text in ("", "short\n", "x" + " " * (3 * PIECE_CHARS) + "y", "line of text\n" * PIECE_CHARS):
+        parts = pieces(text)
+        assert "".join(parts) == text and max(map(len, parts)) <= PIECE_CHARS
+
+
+# Goldens: ids by Hugging Face tokenizers, tiktoken and SentencePiece --------------------------------------------------
+
+@needs_goldens
+@pytest.mark.parametrize("name", ["tok_llama3style", "tok_qwenstyle"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_byte_level_goldens(name, file):
+    if (name, file) == ("tok_qwenstyle", "tokenizer.model"):
+        pytest.skip("a bare rank file is read as Llama 3's")
+    golden = json.loads((GOLDENS / name / "examples.json").read_text(encoding="utf-8"))
+    encoding = load_encoding(GOLDENS / name / file)
+    for example in golden["examples"]:
+        ids = encoding.encode(example["text"], allowed_special="all")
+        assert ids == example["ids"]
+        assert encoding.encode_ordinary(example["text"]) == example["ids_specials_as_text"]
+        decoder = StreamDecoder(encoding)
+        assert "".join(decoder.push([i]) for i in ids) + decoder.finish() == encoding.decode(ids) == example["decoded"]
+    for example in golden["partial_decodes"]:
+        assert encoding.decode(example["ids"]) == example["decoded_replace"]
+
+
+@needs_goldens
+def test_llama3_goldens():
+    golden = json.loads((GOLDENS / "llama3_real_tokenizer_ids.json").read_text(encoding="utf-8"))
+    specials = llama3_specials(golden["n_ranks"])
+    assert golden["pattern"] == LLAMA3_PATTERN and golden["n_vocab"] == golden["n_ranks"] + len(specials)
+    assert golden["special_tokens_first"].items() <= specials.items()
+
+
+@needs_goldens
+def test_sentencepiece_goldens(tmp_path):
+    pytest.importorskip("sentencepiece")
+    golden = json.loads((GOLDENS / "tok_sentencepiece" / "examples.json").read_text(encoding="utf-8"))
+    encoding = load_encoding(GOLDENS / "tok_sentencepiece")
+    assert encoding.n_vocab == golden["vocab_size"]
+    for example in golden["examples"]:
+        assert encoding.encode_ordinary(example["text"]) == example["ids"]
+        assert encoding.decode(example["ids"]) == example["decoded"]
+        streamed = StreamDecoder(encoding).push(example["ids"])
+        assert streamed == " " + example["decoded"] or not example["decoded"]      # the dummy blank in front
+    hi = encoding.encode_ordinary("hi")
+    assert encoding.encode("hi</s>hi", allowed_special="all") == hi + [golden["eos"]] + hi
+    prepare(tmp_path / "out", inputs=[str(STDLIB / "json")], tokenizer=str(GOLDENS / "tok_sentencepiece"))
+    corpus = Corpus(tmp_path / "out")
+    assert corpus.eot_id == golden["eos"] and corpus.encoding.encode_ordinary("hi") == hi
+
+
+# Data directory ------------------------------------------------------------------------------------------------------
+
+def test_every_document_comes_back_on_one_side(folder):
+    corpus = Corpus(folder)
+    for side, documents in zip(("train", "val"), sides()):
+        tokens = corpus.tokens[side].tolist()
+        assert tokens[-1] == corpus.eot_id and tokens.count(corpus.eot_id) == len(documents) > 0
+        joined = corpus.encoding.decode(tokens)
+        assert joined == "".join(text + "<|end_of_text|>" for text in documents.values())
+    assert corpus.meta["dtype"] == "uint16" and corpus.tokens["train"].dtype == np.uint16
+
+
+def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
+    prepare(tmp_path, inputs=INPUTS, vocab_size=512)
+    names = sorted(os.listdir(folder))
+    assert names == sorted(os.listdir(tmp_path)) == sorted(
+        ["meta.json", "prompts.jsonl", "tokenizer.model", "train.bin", "val.bin"])
+    for name in names:
+        assert Path(folder, name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_split_is_by_name_alone():
+    documents = [(f"file{i}", "text\n" * 9) for i in range(400)]
+    train, val = (dict(side) for side in split(documents, .1))
+    assert not train.keys() & val.keys() and len(train) + len(val) == 400 and 15 < len(val) < 75
+    fewer_train, fewer_val = (dict(side) for side in split(documents[::2], .1))
+    assert fewer_val.keys() <= val.keys() and fewer_train.keys() <= train.keys()
+
+
+def test_a_single_document_is_cut():
+    text = "".join(f"line {i}\n" for i in range(1000))
+    (_, train), (_, val) = (side[0] for side in split([("one", text)], .1))
+    assert train + val == text and train.endswith("\n") and .05 < len(val) / len(text) < .15
+
+
+def test_prompts_are_held_out_and_varied(folder):
+    train, val = sides()
+    prompts = read_prompts(f"{folder}/prompts.jsonl")
+    texts = [turns[0] for turns in prompts]
+    assert len(set(texts)) == len(texts) == 128 and texts == Corpus(folder).prompts()
+    assert all(100 <= len(text) <= 300 for text in texts)
+    for text in texts:
+        assert any(text in source for source in val.values())
+    records = [json.loads(line) for line in Path(folder, "prompts.jsonl").read_text().splitlines()]
+    assert {record["source"] for record in records} == {name for name, text in val.items() if len(text) >= 100}
+    assert cut_prompts(list(val.items()), seed=1) != cut_prompts(list(val.items()), seed=2)
+    assert prompts[:5] == read_prompts(f"{folder}/prompts.jsonl", limit=5)
+
+
+def test_batches_are_windows_and_depend_on_seed_and_step_only(folder):
+    corpus = Corpus(folder)
+    batch = corpus.batch("train", step=7, batch_size=16, length=32, seed=3)
+    assert batch.shape == (16, 33) and str(batch.dtype) == "torch.int64"
+    assert batch.equal(Corpus(folder).batch("train", 7, 16, 32, 3))
+    assert not batch.equal(corpus.batch("train", 8, 16, 32, 3)) and not batch.equal(corpus.batch("train", 7, 16, 32, 4))
+    stream = corpus.tokens["train"].tobytes()
+    assert all(row.numpy().astype(np.uint16).tobytes() in stream for row in batch)
+    size = len(corpus.tokens["val"])
+    assert corpus.batch("val", 0, 2, size - 1)[1].tolist() == corpus.tokens["val"].tolist()    # the only window
+    with pytest.raises(UserError, match="shorten"):
+        corpus.batch("val", 0, 2, size)
+
+
+def test_missing_data_is_prepared_from_the_standard_library(tmp_path):
+    corpus = ensure_data(tmp_path / "new", vocab_size=300)
+    assert corpus.vocab_size == 300 and corpus.meta["dataset"] == "stdlib" and len(corpus.tokens["val"]) > 10_000
+    with pytest.raises(UserError, match="300 ids, not 400"):
+        ensure_data(tmp_path / "new", vocab_size=400)
+    names = [name for name, _ in collect("stdlib")]
+    assert names == sorted(set(names)) and "lib/argparse.py" in names
+    assert not any(part in ("test", "site-packages") for name in names for part in name.split("/"))
+    os.truncate(tmp_path / "new" / "val.bin", 1000)
+    with pytest.raises(UserError, match="val.bin has 500 tokens"):
+        ensure_data(tmp_path / "new")
+
+
+def test_python_sources_are_filtered_and_copies_dropped(tmp_path, monkeypatch):
+    lib, site = tmp_path / "lib", tmp_path / "site"
+    files = {lib / "a.py": "a = 1", lib / "test" / "b.py": "b = 1", lib / "c.txt": "no", lib / "big.py": "#" * 1_000_001,
+             lib / "site-packages" / "d.py": "d = 1", lib / "empty.py": "\n", site / "copy.py": "a = 1",
+             site / "pkg" / "e.py": "e = 1", site / "pkg" / "also_e.py": "e = 1"}
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (lib / "latin.py").write_bytes(b"# caf\xe9")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(lib), "purelib": str(site), "platlib": str(site)})
+    assert collect("stdlib") == [("lib/a.py", "a = 1")]
+    assert collect("python") == [("lib/a.py", "a = 1"), ("site-packages/pkg/also_e.py", "e = 1")]
+
+
+# Input of the user ---------------------------------------------------------------------------------------------------
+
+def test_chat_formats():
+    expected = "User: Hi\n\nAssistant: Hello\n"
+    for record in ({"text": expected},
+                   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello"}]},
+                   {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello\n"}]}):
+        assert render_chat(json.dumps(record), "here") == expected
+    assert render_chat('{"turns": ["Hi", "there"]}', "here") == "User: Hi\n\nUser: there\n"
+    for line in ('{"messages": 3}', '{"turns": "Hi"}', "[1]", "{", '{"other": "x"}', '{"messages": [{"role": "user"}]}'):
+        with pytest.raises(UserError, match="here"):
+            render_chat(line, "here")
+
+
+def test_directories_and_chat_files(tmp_path):
+    (tmp_path / "src" / ".git").mkdir(parents=True)
+    (tmp_path / "src" / "a.txt").write_text("alpha")
+    (tmp_path / "src" / ".git" / "hidden").write_text("hidden")
+    (tmp_path / "src" / "picture").write_bytes(b"\x89PNG\xff\x00")
+    (tmp_path / "chat.jsonl").write_text('{"text": "one \u2028 line"}\n\n{"turns": ["two"]}\n', encoding="utf-8")
+    documents = read_inputs([str(tmp_path / "src"), str(tmp_path / "chat.jsonl")])
+    assert documents == [("src/a.txt", "alpha"), ("chat.jsonl:1", "one \u2028 line"), ("chat.jsonl:3", "User: two\n")]
+
+
+def test_bad_files_and_folders(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"turns": ["fine"]}\n{"prompt": "no"}\n')
+    assert read_prompts(tmp_path / "q.jsonl", limit=1) == [["fine"]]
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary.model").write_bytes(bytes(range(256)))
+    (tmp_path / "tokenizer.model").write_text("not ours")
+    calls = [lambda: read_prompts(tmp_path / "q.jsonl"),
+             lambda: read_prompts(tmp_path / "empty"),
+             lambda: read_prompts(tmp_path / "missing"),
+             lambda: Corpus(tmp_path),
+             lambda: ensure_data(tmp_path),
+             lambda: load_encoding(tmp_path / "binary.model"),
+             lambda: load_encoding("no_such_tokenizer"),
+             lambda: read_inputs([str(tmp_path / "empty")]),
+             lambda: read_inputs([str(tmp_path / "binary.model")]),
+             lambda: read_inputs(["no/such/file"]),
+             lambda: prepare(tmp_path / "new", vocab_size=256),
+             lambda: prepare(tmp_path / "new", val_fraction=1),
+             lambda: prepare(tmp_path / "new", tokenizer="gpt2", vocab_size=300),
+             lambda: prepare(tmp_path / "q.jsonl", inputs=INPUTS),
+             lambda: prepare(tmp_path, inputs=INPUTS)]
+    for call in calls:
+        with pytest.raises(UserError):
+            call()
+    assert (tmp_path / "tokenizer.model").read_text() == "not ours"         # a model's folder is not overwritten
+
+
+def test_the_program_ends_with_one_line_and_status_2(tmp_path):
+    offline = os.environ | {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTPS_PROXY")}
+    offline["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "cache")
+    cases = [(["--vocab-size", "many"], "--vocab-size"), (["--colour"], "--colour"),
+             (["--tokenizer", "gpt2"], "network"), (["--dataset", "shakespeare"], "--input")]
+    runs = [subprocess.Popen([sys.executable, "prepare_data.py", "--out", str(tmp_path / f"out{i}"), *flags], cwd=ROOT,
+                             env=offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i, (flags, _) in enumerate(cases)]
+    for run, (flags, word) in zip(runs, cases):
+        out, err = run.communicate(timeout=120)
+        assert run.returncode == 2 and len(err.splitlines()) == 1 and word in err and not out, (flags, err)
+
+
+def test_the_program_prepares_a_text_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("".join(f"note {i}: buy {i * 7} apples\n" for i in range(500)))
+    subprocess.run([sys.executable, "prepare_data.py", "--input", str(tmp_path / "notes.txt"), "--vocab-size", "300",
+                    "--out", str(tmp_path / "out")], cwd=ROOT, check=True, capture_output=True)
+    corpus = Corpus(tmp_path / "out")
+    assert corpus.meta["dataset"] == "input" and corpus.vocab_size == 300
+    assert "apples" in corpus.encoding.decode(corpus.batch("val", 0, 1, 32)[0].tolist())
