@@ -45,7 +45,7 @@ def export(source, folder, dtype=None, safetensors=False):
     if config.rope_scaling or config.qk_norm:
         raise UserError(f"{source} has rotary scaling or q/k norms: EAGLE-3's format has no place for them")
     if config.head_dim * config.heads != config.dim:
-        print(f"note: head_dim {config.head_dim} is not {config.dim} / {config.heads}: EAGLE's own code cannot load this")
+        print(f"note: head_dim {config.head_dim} is not {config.dim} / {config.heads}, EAGLE's own code cannot load it")
     tensors = eagle_tensors(config, contents["model"])
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""What published files call things: tensor names and config keys, for Meta's and Hugging Face's targets and EAGLE-3's heads."""
+"""What published files call things: tensor names and config keys, of targets (Meta, Hugging Face) and EAGLE-3 heads."""
 import json
 
 from gto.errors import UserError

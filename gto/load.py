@@ -16,6 +16,7 @@ from gto.head import DraftHead
 from gto.layouts import EAGLE, HUGGING_FACE, META, eagle_config, hugging_face_config, meta_config, pieces, read_json
 from gto.model import Target, cast, rotary_frequencies
 
+
 def load_target(path, device="cpu", dtype=None):
     """A frozen target.
 
@@ -55,14 +56,14 @@ def load_head(path, target, dtype=None):
         head = checkpoint.load_head(path, target, like.device)
         return head if dtype is None else cast(head, dtype)
     if not (path / "config.json").exists():
-        raise UserError(f"no draft head at {path}: give a checkpoint *.pt or a folder with config.json beside the weights")
+        raise UserError(f"no draft head at {path}: give a checkpoint *.pt, or a folder with config.json beside weights")
     tensors = read_shards(hugging_face_shards(path))
     config = eagle_config(path, tensors)
     if (config.target_dim, config.vocab_size) != (target.config.dim, target.config.vocab_size):
-        raise UserError(f"{path} was made for another target: {config.target_dim} wide with {config.vocab_size} tokens, "
-                        f"this one has {target.config.dim} and {target.config.vocab_size}")
+        raise UserError(f"{path} was made for another target: {config.target_dim} wide with {config.vocab_size} tokens,"
+                        f" this one has {target.config.dim} and {target.config.vocab_size}")
     if config.dim != target.config.dim and not config.own_embedding:
-        raise UserError(f"{path} is {config.dim} wide, its target {target.config.dim}: then it needs embed_tokens.weight")
+        raise UserError(f"{path} is {config.dim} wide, its target {target.config.dim}: so it needs embed_tokens.weight")
     with torch.device("meta"):
         head = DraftHead(config, target)
     head.token_ids = draft_token_ids(path, tensors, config).to(like.device)
@@ -79,7 +80,8 @@ def hugging_face_shards(path):
         if (path / f"{name}.index.json").exists():
             names = sorted(set(read_json(path / f"{name}.index.json", "weight_map")["weight_map"].values()))
             return [path / name for name in names]
-    raise UserError(f"{path} has a config.json but no weights: pytorch_model.bin or model.safetensors, whole or in shards")
+    raise UserError(f"{path} has a config.json but no weights: pytorch_model.bin or model.safetensors, or an index of "
+                    f"their shards")
 
 
 def meta_shards(path):
@@ -111,7 +113,7 @@ def map_file(file):
         error = "it holds more than tensors"
     except ImportError:
         raise UserError(f"{file} needs a package to be read: pip install safetensors") from None
-    except Exception as problem:                                  # pickle, zipfile, torch and safetensors have their own
+    except Exception as problem:                                  # pickle, zipfile and the others have their own
         error = type(problem).__name__
     raise UserError(f"{file} is not a file of weights, or is cut short ({error}): download it again") from None
 
@@ -141,8 +143,8 @@ def fill(model, layout, tensors, path, device, dtype):
     with tqdm(total=size, desc=f"load {path.name}", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for name, (shape, parts) in wanted.items():
             filled[name] = torch.empty(shape, dtype=dtype, device=device)
-            for rows, (source, part_shape) in zip(filled[name].split([shape[0] for _, shape in parts]), parts):
-                copy(rows, tensors[source], part_shape, model.config, rotary=source.endswith(("wq.weight", "wk.weight")))
+            for rows, (source, part) in zip(filled[name].split([shape[0] for _, shape in parts]), parts):
+                copy(rows, tensors[source], part, model.config, rotary=source.endswith(("wq.weight", "wk.weight")))
             bar.update(filled[name].nbytes)
     model.load_state_dict(filled, strict=False, assign=True)
     # Not a parameter, and float32 whatever the weights are.
@@ -159,7 +161,8 @@ def check(wanted, tensors, path):
         "missing": [name for name in shapes if name not in tensors],
         "not expected": [name for name in tensors if name not in shapes and not name.endswith(redundant)],
         "of the wrong shape": [f"{name} {' + '.join(str(list(t.shape)) for t in tensors[name])}, not {list(shape)}"
-                               for name, shape in shapes.items() if name in tensors and join_axis(tensors[name], shape) is None]}
+                               for name, shape in shapes.items()
+                               if name in tensors and join_axis(tensors[name], shape) is None]}
     if any(problems.values()):
         said = [f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
                 for what, names in problems.items() if names]
