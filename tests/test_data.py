@@ -274,14 +274,15 @@ def test_missing_data_is_prepared_from_the_standard_library(tmp_path):
 
 def test_python_sources_are_filtered_and_copies_dropped(tmp_path, monkeypatch):
     lib, site = tmp_path / "lib", tmp_path / "site"
-    files = {lib / "a.py": "a = 1", lib / "test" / "b.py": "b = 1", lib / "c.txt": "no", lib / "big.py": "#" * 1_000_001,
-             lib / "site-packages" / "d.py": "d = 1", lib / "empty.py": "\n", site / "copy.py": "a = 1",
+    files = {lib / "a.py": "a = 1", lib / "test" / "b.py": "b = 1", lib / "c.txt": "no",
+             lib / "big.py": "#" * 1_000_001, lib / "site-packages" / "d.py": "d = 1", lib / "empty.py": "\n", site / "copy.py": "a = 1",
              site / "pkg" / "e.py": "e = 1", site / "pkg" / "also_e.py": "e = 1"}
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (lib / "latin.py").write_bytes(b"# caf\xe9")
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(lib), "purelib": str(site), "platlib": str(site)})
+    paths = {"stdlib": str(lib), "purelib": str(site), "platlib": str(site)}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
     assert collect("stdlib") == [("lib/a.py", "a = 1")]
     assert collect("python") == [("lib/a.py", "a = 1"), ("site-packages/pkg/also_e.py", "e = 1")]
 
@@ -295,7 +296,7 @@ def test_chat_formats():
                    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello\n"}]}):
         assert render_chat(json.dumps(record), "here") == expected
     assert render_chat('{"turns": ["Hi", "there"]}', "here") == "User: Hi\n\nUser: there\n"
-    for line in ('{"messages": 3}', '{"turns": "Hi"}', "[1]", "{", '{"other": "x"}', '{"messages": [{"role": "user"}]}'):
+    for line in ('{"messages": 3}', '{"turns": "Hi"}', "[1]", "{", '{"other": 1}', '{"messages": [{"role": "user"}]}'):
         with pytest.raises(UserError, match="here"):
             render_chat(line, "here")
 
@@ -340,8 +341,7 @@ def test_bad_files_and_folders(tmp_path):
 def test_the_program_ends_with_one_line_and_status_2(tmp_path):
     offline = os.environ | {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTPS_PROXY")}
     offline["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "cache")
-    cases = [(["--vocab-size", "many"], "--vocab-size"), (["--colour"], "--colour"),
-             (["--tokenizer", "gpt2"], "network"), (["--dataset", "shakespeare"], "--input")]
+    cases = [(["--colour"], "--colour"), (["--tokenizer", "gpt2"], "network"), (["--dataset", "shakespeare"], "--input")]
     runs = [subprocess.Popen([sys.executable, "prepare_data.py", "--out", str(tmp_path / f"out{i}"), *flags], cwd=ROOT,
                              env=offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for i, (flags, _) in enumerate(cases)]
