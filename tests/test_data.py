@@ -275,8 +275,8 @@ def test_missing_data_is_prepared_from_the_standard_library(tmp_path):
 def test_python_sources_are_filtered_and_copies_dropped(tmp_path, monkeypatch):
     lib, site = tmp_path / "lib", tmp_path / "site"
     files = {lib / "a.py": "a = 1", lib / "test" / "b.py": "b = 1", lib / "c.txt": "no",
-             lib / "big.py": "#" * 1_000_001, lib / "site-packages" / "d.py": "d = 1", lib / "empty.py": "\n", site / "copy.py": "a = 1",
-             site / "pkg" / "e.py": "e = 1", site / "pkg" / "also_e.py": "e = 1"}
+             lib / "big.py": "#" * 1_000_001, lib / "site-packages" / "d.py": "d = 1", lib / "empty.py": "\n",
+             site / "copy.py": "a = 1", site / "pkg" / "e.py": "e = 1", site / "pkg" / "also_e.py": "e = 1"}
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -341,7 +341,8 @@ def test_bad_files_and_folders(tmp_path):
 def test_the_program_ends_with_one_line_and_status_2(tmp_path):
     offline = os.environ | {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTPS_PROXY")}
     offline["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "cache")
-    cases = [(["--colour"], "--colour"), (["--tokenizer", "gpt2"], "network"), (["--dataset", "shakespeare"], "--input")]
+    cases = [(["--colour"], "--colour"), (["--tokenizer", "gpt2"], "network"),
+             (["--dataset", "shakespeare"], "--input")]
     runs = [subprocess.Popen([sys.executable, "prepare_data.py", "--out", str(tmp_path / f"out{i}"), *flags], cwd=ROOT,
                              env=offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for i, (flags, _) in enumerate(cases)]
