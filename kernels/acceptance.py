@@ -40,10 +40,7 @@ def score_nodes_reference(logits, tokens=None, parents=None, temperature=0.0, un
         choice = logits.argmax(-1)                                                    # [B, N]
     else:  # inverse CDF: the first token whose cumulated probability exceeds u times the total
         cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)             # [B, N, V]
-        total = cumulated[..., -1:]
-        # u * total can round up to the total, which no token exceeds.
-        threshold = torch.minimum(uniform[..., None] * total, total.nextafter(torch.zeros_like(total)))
-        choice = torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
+        choice = torch.searchsorted(cumulated, uniform[..., None] * cumulated[..., -1:], right=True).squeeze(-1)
     if tokens is None:
         return choice, None
     log_p = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)          # [B, N, V]

@@ -8,5 +8,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gto  # noqa: E402, F401  first: thread settings that torch reads when it is imported
 import torch  # noqa: E402
 
+
+def mend_loop_bounds():
+    """Triton 3.6's interpreter calls int() on one-element arrays, which numpy refuses since 2.4."""
+    try:
+        import triton
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = mended
+
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    mend_loop_bounds()

@@ -1,0 +1,122 @@
+"""Ahead-of-time compilation of the kernels for real GPUs, on any machine: what the interpreter lets pass (a loop
+variable that changes its type, a variable defined in one branch only) and what it cannot see (shared memory, spills).
+
+Run as a program it compiles for one architecture, `python tests/test_compile.py 90`, and prints one line per kernel.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a program may use: A100, H100 / H200
+
+
+@pytest.mark.parametrize("sm", SHARED_LIMIT)
+def test_default_configurations_fit(sm):
+    pytest.importorskip("triton")
+    # The interpreter is chosen when triton is imported: compiling needs a process without it.
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, __file__, str(sm)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {k["kernel"] for k in kernels} == {
+        "_attention_kernel", "_combine_kernel", "_scan_kernel", "_choose_kernel", "_accept_kernel", "_reward_kernel",
+        "_add_rms_norm_kernel", "_rotate_kernel", "_silu_mul_kernel"}
+    for k in kernels:
+        assert k["shared"] <= SHARED_LIMIT[sm], k
+        assert k["stack"] in (0, None), f"registers spill: {k}"
+
+
+def compile_only(sm):
+    """Make every kernel launch a compilation for `sm`; returns the list the compiled kernels end up in."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device=None):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", sm, 32)
+
+    compiled = []
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **options: compiled.append(
+        (kernel.__name__, kernel.run(*args, grid=grid, warmup=True, **options)))
+    return compiled
+
+
+def resources(cubin):
+    """(registers a thread, bytes of stack a thread) or (None, None) where triton comes without cuobjdump."""
+    import triton
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(name + r":(\d+)", usage)[1]) for name in ("REG", "STACK"))
+
+
+def call_everything(torch, dtype):
+    """The wrappers at an 8B model's shapes: 32/8 heads of 128, vocabulary 128,256, trees of 60 nodes, 10 a level."""
+    from kernels import acceptance, fused, tree_attention
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    def attention(B, N, M, D, S, sequence):
+        q, k = empty(B, N, 32, D).transpose(1, 2), empty(B, M, 8, D).transpose(1, 2)
+        cache = empty(B, 8, S, D)
+        length = torch.zeros(B, dtype=torch.long)
+        tree_attention.tree_attention_triton(q, k, k, torch.ones(B, N, M, dtype=torch.bool), cache, cache, length,
+                                             length if sequence else None)
+
+    for D in 128, 64, 80:
+        attention(1, 60, 60, D, 4096, sequence=False)      # verification
+    attention(1, 1, 1, 128, 4096, sequence=False)          # one-token decoding
+    attention(1, 10, 70, 128, 4096, sequence=False)        # drafting
+    attention(128, 60, 60, 128, 4096, sequence=True)       # the reward's target forward: no split
+
+    if dtype == torch.float32:
+        return
+    tokens, mask = torch.zeros(1, 60, dtype=torch.long), torch.ones(1, 60, 60, dtype=torch.bool)
+    uniform = torch.zeros(1, 60)
+    for temperature in 0.0, 0.7:
+        acceptance.score_nodes_triton(empty(1, 60, 128_256), tokens, tokens, temperature, uniform)
+        acceptance.score_nodes_triton(empty(1, 60, 128_256), None, None, temperature, uniform)
+    acceptance.accept_triton(tokens, tokens, mask, tokens, 8)
+    for aggregator in "lse", "max", "mean", "expected":
+        acceptance.tree_reward_triton(uniform, tokens, mask, aggregator)
+    fused.add_rms_norm_triton(empty(1, 60, 4096), empty(1, 60, 4096), empty(4096), 1e-5)
+    fused.add_rms_norm_triton(empty(1, 60, 4096), None, empty(4096), 1e-5)
+    fused.rotate_triton(empty(1, 60, 48, 128)[:, :, :40], *empty(2, 1, 60, 64, dtype=torch.float32))
+    fused.silu_mul_triton(empty(1, 60, 2 * 14336))
+
+
+def main(sm):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import gto  # noqa: F401  first: thread settings
+    import torch
+    compiled = compile_only(sm)
+    for dtype in torch.bfloat16, torch.float16, torch.float32:
+        call_everything(torch, dtype)
+        for name, kernel in compiled:
+            registers, stack = resources(kernel.asm["cubin"])
+            print(json.dumps({"kernel": name, "dtype": str(dtype), "shared": kernel.metadata.shared,
+                              "warps": kernel.metadata.num_warps, "registers": registers, "stack": stack}))
+        compiled.clear()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

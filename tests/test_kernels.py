@@ -1,0 +1,352 @@
+"""Every kernel against its plain reference: in Triton's interpreter on a CPU, natively on a GPU.
+
+The interpreter gets bf16 silently wrong, so bf16 is tested on a GPU only. It also takes about 0.1 ms for every
+operation of every program: sizes are odd rather than large.
+"""
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import acceptance, fused, tree_attention
+from kernels.acceptance import (accept_reference, accept_triton, score_nodes_reference, score_nodes_triton,
+                                tree_reward_reference, tree_reward_triton)
+from kernels.tree_attention import tree_attention_reference, tree_attention_triton
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # an empty split's weight
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCE) if CUDA else [torch.float32, torch.float16]
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def randn(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(shape) * scale).to(DEVICE, dtype)
+
+
+def random_trees(B, N, alphabet=4, seed=0):
+    """tokens, parents [B, N], mask [B, N, N]: parents before children, siblings with different tokens."""
+    rng = random.Random(seed)
+    tokens, parents = torch.zeros(2, B, N, dtype=torch.long)
+    mask = torch.eye(N, dtype=torch.bool).repeat(B, 1, 1)
+    for b in range(B):
+        free = {0: rng.sample(range(alphabet), alphabet)}          # tokens each node may still give to a child
+        for j in range(1, N):
+            parent = rng.choice([i for i in free if free[i]])
+            parents[b, j], tokens[b, j] = parent, free[parent].pop()
+            mask[b, j] |= mask[b, parent]
+            free[j] = rng.sample(range(alphabet), alphabet)
+    return tokens.to(DEVICE), parents.to(DEVICE), mask.to(DEVICE)
+
+
+# ---------------------------------------------------------------------------------------------- tree attention
+
+def attention_inputs(N, M, D, lengths, sequence=None, H=4, G=2, S=260, dtype=torch.float32, scale=1.0):
+    """Strided as in the model: heads behind positions, and tree keys that are a slice of something larger."""
+    B, C = len(lengths), max(sequence or range(len(lengths))) + 1
+    q = randn(B, N, H, D, dtype=dtype, scale=scale).transpose(1, 2)
+    k, v = (randn(B, M, G + 1, D, dtype=dtype)[:, :, :G].transpose(1, 2) for _ in range(2))
+    k_cache, v_cache = (randn(C, G, S + 3, D, dtype=dtype)[:, :, :S] for _ in range(2))
+    mask = torch.rand(B, N, M) < 0.3
+    mask[:, range(N), range(M - N, M)] = True                          # a node sees itself
+    sequence = None if sequence is None else torch.tensor(sequence, device=DEVICE)
+    return q, k, v, mask.to(DEVICE), k_cache, v_cache, torch.tensor(lengths, device=DEVICE), sequence
+
+
+def float64(arguments):
+    return [x.double() if x is not None and x.is_floating_point() else x for x in arguments]
+
+
+def assert_attention(arguments):
+    got, want = tree_attention_triton(*arguments), tree_attention_reference(*float64(arguments))
+    dtype = arguments[0].dtype
+    assert got.dtype == dtype and got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, M, D, lengths, sequence", [
+    (1, 1, 64, [259], None),                       # one-token decoding
+    (1, 1, 20, [0], None),                         # nothing cached: the token sees itself only
+    (7, 19, 80, [0, 260, 129], [1, 0, 1]),         # a frontier over three levels; two trees share a cache row
+    (60, 60, 128, [200], None),
+    (130, 130, 64, [65, 1], None),                 # ragged, more nodes than a block has rows or keys
+])
+def test_tree_attention(N, M, D, lengths, sequence, dtype):
+    assert_attention(attention_inputs(N, M, D, lengths, sequence, dtype=dtype))
+
+
+@pytest.mark.parametrize("H, G", [(4, 4), (6, 2), (5, 1)])
+def test_tree_attention_groups(H, G):
+    assert_attention(attention_inputs(7, 7, 32, [100], H=H, G=G))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 7])
+def test_tree_attention_any_number_of_splits(splits, monkeypatch):
+    """With 5 splits of 130 positions in blocks of 64 the later splits are empty."""
+    monkeypatch.setattr(tree_attention, "split_count", lambda *_: splits)
+    assert_attention(attention_inputs(7, 7, 64, [130, 0, 260]))
+
+
+def test_tree_attention_large_scores():
+    assert_attention(attention_inputs(7, 7, 64, [130], scale=100.0))
+
+
+def test_tree_attention_blocks_without_a_visible_key():
+    """Nothing cached, and a node sees only itself: most blocks of tree keys are hidden from it."""
+    arguments = attention_inputs(130, 130, 16, [0], H=1, G=1)
+    arguments[3].copy_(torch.eye(130, dtype=torch.bool))
+    assert_attention(arguments)
+
+
+def test_tree_attention_never_reads_past_the_length():
+    arguments = attention_inputs(7, 7, 64, [130], dtype=torch.float16)
+    want = tree_attention_triton(*arguments)
+    for cache in arguments[4:6]:
+        cache[:, :, 130:] = float("nan")                               # the leftovers of rejected drafts
+    assert torch.equal(tree_attention_triton(*arguments), want)
+
+
+def far_apart(*shape, dtype=torch.float16):
+    """A tensor whose first dimension has stride 2^30, so that row 2 starts 2^31 numbers in. Pages that are not
+    written take no memory on a CPU."""
+    try:
+        storage = torch.empty(2**31 + math.prod(shape[1:]), dtype=dtype, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("needs 4 GB of address space")
+    strides = [math.prod(shape[i + 1:]) for i in range(1, len(shape))]
+    return storage.as_strided(shape, [2**30, *strides])
+
+
+def test_tree_attention_offsets_beyond_int32():
+    q, k, v, mask, k_cache, v_cache, length, _ = attention_inputs(3, 3, 16, [70], S=80, dtype=torch.float16)
+    sequence = torch.tensor([2], device=DEVICE)
+    far_k = far_apart(3, *k_cache.shape[1:])
+    far_k[2] = k_cache[0]
+    cache = k_cache.expand(3, *k_cache.shape[1:])
+    want = tree_attention_triton(q, k, v, mask, cache, cache, length, sequence)
+    assert torch.equal(tree_attention_triton(q, k, v, mask, far_k, far_k, length, sequence), want)
+
+
+@needs_gpu
+@pytest.mark.parametrize("N", [1, 16, 60, 256])
+@pytest.mark.parametrize("H, G", [(32, 8), (32, 32)])
+def test_tree_attention_at_full_size(N, H, G):
+    assert_attention(attention_inputs(N, N, 128, [3000, 4095], H=H, G=G, S=4096, dtype=torch.bfloat16))
+
+
+@needs_gpu
+def test_one_cuda_graph_serves_every_length():
+    arguments = attention_inputs(60, 60, 128, [5, 9], H=32, G=8, S=4096, dtype=torch.bfloat16)
+    length = arguments[6]
+    tree_attention_triton(*arguments)                                  # compiles outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tree_attention_triton(*arguments)
+    for lengths in [0, 0], [4096, 1], [700, 2049]:
+        length.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(out, tree_attention_triton(*arguments))
+
+
+# ------------------------------------------------------------------------------------------ acceptance scoring
+
+def scoring_inputs(B, N, V, masked, dtype):
+    logits = randn(B, N, V, dtype=dtype, scale=3.0)
+    logits[..., V - masked:] = float("-inf")
+    _, parents, _ = random_trees(B, N)
+    return logits, torch.randint(V - masked, (B, N), device=DEVICE), parents, torch.rand(B, N, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+@pytest.mark.parametrize("chunk", [128, 4096])                         # four chunks, the last one short, or one
+def test_score_nodes(chunk, temperature, dtype, monkeypatch):
+    monkeypatch.setattr(acceptance, "CHUNK", chunk)
+    logits, tokens, parents, uniform = scoring_inputs(2, 7, 500, masked=130, dtype=dtype)
+    choice, log_prob = score_nodes_triton(logits, tokens, parents, temperature, uniform)
+    want, want_log_prob = score_nodes_reference(logits.double(), tokens, parents, temperature, uniform)
+    torch.testing.assert_close(log_prob, want_log_prob.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(log_prob[:, 0], torch.zeros(2, device=DEVICE))
+    if temperature == 0:
+        assert torch.equal(choice, want)
+    else:
+        assert_inverse_cdf(logits, temperature, uniform, choice)
+    again, none = score_nodes_triton(logits, None, None, temperature, uniform)
+    assert torch.equal(again, choice) and none is None
+
+
+def assert_inverse_cdf(logits, temperature, uniform, choice):
+    """The uniform number lies in the chosen token's share of the cumulated probability, up to rounding."""
+    p = (logits.double() / temperature).softmax(-1)
+    after = p.cumsum(-1).gather(-1, choice[..., None]).squeeze(-1)
+    share = p.gather(-1, choice[..., None]).squeeze(-1)
+    assert (share > 0).all()
+    assert (uniform <= after + 1e-6).all() and (uniform >= after - share - 1e-6).all()
+
+
+@pytest.mark.parametrize("score", [score_nodes_reference, score_nodes_triton])
+def test_sampling_is_exact(score, monkeypatch):
+    """Sixteen evenly spaced uniforms find every token exactly as often as its probability, in sixteenths, says."""
+    monkeypatch.setattr(acceptance, "CHUNK", 4)
+    sixteenths = torch.tensor([3, 0, 1, 0, 0, 0, 0, 0, 5, 2, 0, 1, 0, 4.0], device=DEVICE)
+    logits = (sixteenths / 16).log().expand(1, 16, 14).contiguous()
+    uniform = (torch.arange(16, device=DEVICE) + 0.5)[None] / 16
+    choice, _ = score(logits, None, None, 1.0, uniform)
+    assert choice[0].bincount(minlength=14).tolist() == sixteenths.tolist()
+
+
+@pytest.mark.parametrize("score", [score_nodes_reference, score_nodes_triton])
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])                       # the least and the largest a uniform can be
+def test_sampling_never_takes_a_masked_token(score, u, monkeypatch):
+    monkeypatch.setattr(acceptance, "CHUNK", 128)
+    logits = randn(1, 9, 500, scale=3.0)
+    logits[..., :140] = logits[..., 260:390] = logits[..., 470:] = float("-inf")
+    choice, _ = score(logits, None, None, 1.0, torch.full((1, 9), u, device=DEVICE))
+    assert logits.gather(-1, choice[..., None]).isfinite().all()
+
+
+@pytest.mark.parametrize("score", [score_nodes_reference, score_nodes_triton])
+def test_argmax_takes_the_lowest_index_of_a_tie(score, monkeypatch):
+    monkeypatch.setattr(acceptance, "CHUNK", 128)
+    logits = torch.zeros(1, 3, 500, device=DEVICE)
+    logits[0, 1, [77, 80, 300]] = 5.0
+    logits[0, 2, 400] = torch.tensor(7.0).nextafter(torch.tensor(8.0))  # largest by one bit, which scaling loses
+    logits[0, 2, 3] = 7.0
+    assert score(logits)[0].tolist() == [[0, 77, 400]]
+
+
+def test_score_nodes_offsets_beyond_int32():
+    logits = randn(3, 100, dtype=torch.float16)
+    far = far_apart(3, 100)
+    far.copy_(logits)
+    zeros = torch.zeros(1, 3, dtype=torch.long, device=DEVICE)
+    for got, want in zip(score_nodes_triton(far[None], zeros, zeros + torch.tensor([0, 0, 2], device=DEVICE)),
+                         score_nodes_triton(logits[None], zeros, zeros + torch.tensor([0, 0, 2], device=DEVICE))):
+        assert torch.equal(got, want)
+
+
+def walk(tokens, parents, choice, width):
+    """Verification as it is usually written: from the root, step by step, one tree at a time."""
+    node, path = 0, [0]
+    while True:
+        children = [j for j in range(1, len(tokens)) if parents[j] == node and tokens[j] == choice[node]]
+        if not children:
+            return path + [0] * (width - len(path)), len(path) - 1, choice[node]
+        node = children[0]
+        path.append(node)
+
+
+@pytest.mark.parametrize("accept, trees, N", [
+    (accept_reference, 2000, 12), (accept_triton, 2000 if CUDA else 200, 12), (accept_triton, 3, 60),
+    (accept_triton, 1, 130), (accept_triton, 2, 1)])
+def test_accept_equals_the_walk(accept, trees, N):
+    tokens, parents, mask = random_trees(trees, N, alphabet=3)
+    choice = torch.randint(3, (trees, N), device=DEVICE)
+    got = accept(tokens, parents, mask, choice, N)
+    want = [walk(*row, N) for row in zip(tokens.tolist(), parents.tolist(), choice.tolist())]
+    assert [x.tolist() for x in got] == [list(x) for x in zip(*want)]
+    assert N == 1 or (got[1] > 0).any() and (got[1] < N - 1).any()
+
+
+@pytest.mark.parametrize("accept", [accept_reference, accept_triton])
+def test_accept_nothing_and_everything(accept):
+    N = 7
+    tokens = torch.arange(N, device=DEVICE).repeat(2, 1)
+    parents = (tokens - 1).clamp(min=0)                                # a chain
+    mask = torch.ones(2, N, N, dtype=torch.bool, device=DEVICE).tril()
+    choice = torch.stack([tokens[0] + 1, tokens[0] + 2])               # the next token, never the next token
+    path, count, next_token = accept(tokens, parents, mask, choice, N)
+    assert path.tolist() == [list(range(N)), [0] * N]
+    assert count.tolist() == [N - 1, 0] and next_token.tolist() == [N, 2]
+
+
+@pytest.mark.parametrize("reward", [tree_reward_reference, tree_reward_triton])
+@pytest.mark.parametrize("B, N, eta", [(5, 9, 1.0), (2, 60, 0.3), (1, 130, 2.0), (2, 1, 1.0)])
+def test_tree_reward_equals_enumerated_paths(B, N, eta, reward):
+    _, parents, mask = random_trees(B, N)
+    log_prob = -torch.rand(B, N, device=DEVICE) * 3
+    log_prob[:, 0] = 0
+    log_prob[:, N // 2 + 1:N // 2 + 2] = float("-inf")                 # a token the target rules out
+    P, L, paths = torch.ones(B, N, dtype=torch.float64), torch.zeros(B, N, dtype=torch.float64), []
+    for b, parent in enumerate(parents.tolist()):
+        for j in range(1, N):                                          # parents come first
+            P[b, j] = P[b, parent[j]] * math.exp(log_prob[b, j])
+            L[b, j] = L[b, parent[j]] + P[b, j]
+        paths.append(L[b, [j for j in range(N) if j not in parent[1:]]])
+    want = {"lse": [(eta * path).logsumexp(0) / eta for path in paths], "max": [path.max() for path in paths],
+            "mean": [path.mean() for path in paths], "expected": P[:, 1:].sum(-1)}
+    for aggregator, value in want.items():
+        got = reward(log_prob, parents, mask, aggregator, eta)
+        for x, y in zip(got, (P, L, torch.as_tensor(value))):
+            torch.testing.assert_close(x.cpu(), y.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_tree_reward_refuses_an_unknown_aggregator():
+    with pytest.raises(ValueError, match="median"):
+        acceptance.tree_reward(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1).bool(),
+                               "median")
+
+
+# --------------------------------------------------------------------------------------------- fused steps
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [20, 128, 500])
+def test_add_rms_norm(C, dtype):
+    x, delta, weight = randn(2, 3, C, dtype=dtype), randn(2, 3, C, dtype=dtype), randn(C, dtype=dtype)
+    for d in delta, None:
+        total, normed = fused.add_rms_norm_triton(x, d, weight, 1e-5)
+        want, want_normed = fused.add_rms_norm_reference(x, d, weight, 1e-5)
+        assert torch.equal(total, want) and normed.dtype == dtype
+        torch.testing.assert_close(normed, want_normed, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_rms_norm_of_a_slice():
+    heads = randn(2, 3, 9, 20)[:, :, 2:7]                              # one part of a joint projection
+    weight = randn(20)
+    torch.testing.assert_close(fused.add_rms_norm_triton(heads, None, weight, 1e-5)[1],
+                               fused.add_rms_norm_reference(heads, None, weight, 1e-5)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, D", [(3, 20), (11, 64)])
+def test_rotate(heads, D, dtype):
+    x = randn(2, 3, heads + 2, D, dtype=dtype)[:, :, :heads]
+    angles = randn(2, 3, D // 2, scale=10.0)
+    torch.testing.assert_close(fused.rotate_triton(x, angles.cos(), angles.sin()),
+                               fused.rotate_reference(x, angles.cos(), angles.sin()),
+                               atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("F", [20, 1500])
+def test_silu_mul(F, dtype):
+    gate_up = randn(2, 3, 2 * F, dtype=dtype)
+    want = fused.silu_mul_reference(gate_up.double())
+    torch.testing.assert_close(fused.silu_mul_triton(gate_up).double(), want, atol=TOLERANCE[dtype],
+                               rtol=TOLERANCE[dtype])
+
+
+# --------------------------------------------------------------------------------------- where there is no Triton
+
+def test_references_work_without_triton():
+    program = ("import sys; sys.modules['triton'] = None\n"
+               "import gto, torch\n"
+               "from kernels import acceptance, fused, tree_attention\n"
+               "print(acceptance.score_nodes(torch.eye(3)[None])[0].tolist())")
+    run = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True,
+                         text=True)
+    assert run.stdout.strip() == "[[0, 1, 2]]", run.stderr
