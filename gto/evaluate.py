@@ -32,15 +32,23 @@ def acceptance(target, head, prompts, shape, temperature, new_tokens, batch=16, 
     return torch.tensor(taus), outputs
 
 
-def timed(engine, prompt, new_tokens):
-    """Seconds for `new_tokens` tokens of one prompt, prefill left out, and the tokens."""
-    out, cycles = engine.prefill([prompt]), engine.cycles()
+def timed(engine, prompt, new_tokens, stop=()):
+    """Decode one prompt until `new_tokens` tokens are there, or one of `stop`.
+
+    Returns the seconds from the end of the prefill until the last token is on the host, all tokens, and the number of
+    accepted drafts of every cycle. The last cycle counts in full, whatever it overshoots: time and tokens must match.
+    """
+    new = engine.prefill([prompt])
+    out, accepted, cycles = list(new), [], engine.cycles()
     synchronize(engine.device)
     began = time.perf_counter()
-    while len(out) < new_tokens:
-        out += next(cycles)[0]
+    while len(out) < new_tokens and not any(token in stop for token in new):
+        new = next(cycles)[0]
+        out += new
+        accepted.append(len(new) - 1)
+    seconds = time.perf_counter() - began              # before synchronising: a GPU has begun a cycle that is not ours
     synchronize(engine.device)
-    return (time.perf_counter() - began) / (len(out) - 1), out
+    return seconds, out, accepted
 
 
 def synchronize(device):
@@ -54,9 +62,9 @@ def speeds(engines, prompts, new_tokens):
     result = {name: [] for name in engines}
     for i, prompt in enumerate(prompts[:1] + prompts):                                # the first is the warm-up
         for name, engine in engines.items():
-            seconds, _ = timed(engine, prompt, new_tokens)
+            seconds, tokens, _ = timed(engine, prompt, new_tokens)
             if i:
-                result[name].append(1 / seconds)
+                result[name].append((len(tokens) - 1) / seconds)
     return {name: torch.tensor(values) for name, values in result.items()}
 
 
