@@ -111,7 +111,7 @@ def eagle_config(path, tensors):
         heads=heads, kv_heads=c.get("num_key_value_heads") or heads,
         head_dim=len(tensors["midlayer.self_attn.q_proj.weight"][0]) // heads, ffn_dim=c["intermediate_size"],
         max_len=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6),
-        rope_theta=c.get("rope_theta", 10000.0), target_dim=tensors["fc.weight"][0].shape[-1] // 3, tied=False,
+        rope_theta=c.get("rope_theta", 10000.0), target_dim=tensors["fc.weight"][0].shape[-1] // 3,
         own_embedding="embed_tokens.weight" in tensors)
 
 
