@@ -160,7 +160,7 @@ def accept_reference(tokens, parents, mask, choice, width):
     match[:, 0] = True
     accepted = (match[:, None] | ~mask).all(-1)                                       # [B, N]
     depth = mask.sum(-1) - 1                                                          # [B, N]
-    slot = torch.where(accepted, depth, width)                                        # rejected nodes go to a spare slot
+    slot = torch.where(accepted, depth, width)                                        # rejected: to a spare slot
     index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     path = index.new_zeros(len(tokens), width + 1).scatter(1, slot, index)[:, :width]  # [B, P]
     count = accepted.sum(-1) - 1                                                      # [B]
