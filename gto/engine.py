@@ -73,11 +73,9 @@ class Engine:
             self.features[:, :1] = features.gather(1, last.expand(-1, 1, features.shape[-1]))
         return self.emitted[:, 0].tolist()
 
-    def draft(self):
-        """Extend the head over the newly committed tokens, then draft a tree behind the last of them."""
-        root = self.emitted.gather(1, self.count[:, None])                            # [B, 1]
-        if self.head is None:
-            return self.root_tree._replace(tokens=root)
+    def extend(self):
+        """Extend the head over the newly committed tokens. Returns its output at the last of them, the root, which
+        predicts the tree's first level, [B, dim]; the root [B]; what the tree may see of the head's cache, a Prefix."""
         B, P = self.emitted.shape
         committed = self.length - self.count - 1                                      # [B] slots in the head's cache
         steps = torch.arange(P, device=self.device)
@@ -85,9 +83,15 @@ class Engine:
         hidden, keys, values = self.head(self.head.fuse(self.features), self.emitted, committed[:, None] + steps,
                                          causal, Prefix(self.head_cache, committed))
         self.head_cache.commit([keys], [values], committed)
-        hidden = hidden.gather(1, self.count[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)  # [B, dim]
-        return draft_tree(self.head, hidden, root.squeeze(1), Prefix(self.head_cache, self.length), self.shape,
-                          self.score_temp)
+        last = self.count[:, None]                                                    # [B, 1]
+        hidden = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[-1])).squeeze(1)  # [B, dim]
+        return hidden, self.emitted.gather(1, last).squeeze(1), Prefix(self.head_cache, self.length)
+
+    def draft(self):
+        """Draft a tree behind the last committed token."""
+        if self.head is None:
+            return self.root_tree._replace(tokens=self.emitted.gather(1, self.count[:, None]))
+        return draft_tree(self.head, *self.extend(), self.shape, self.score_temp)
 
     def check(self, tree):
         """One target forward over the tree; commits the accepted path and updates the state."""

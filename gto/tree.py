@@ -80,6 +80,42 @@ def propose(head, hidden, k, temperature):
     return top, head.token_ids[index]
 
 
+class Draft(NamedTuple):
+    """A draft of some levels, before re-ranking: k candidates at the first level, k * k at every further one."""
+    scores: tuple           # by level [B, n]: sums of draft log-probabilities from the root
+    tokens: tuple           # by level [B, n]
+    parents: tuple          # by level [B, n]: index among all candidates + 1, 0 is the root
+    hidden: torch.Tensor    # [B, m, dim] the head's outputs that proposed the newest level, k children each
+    seen: torch.Tensor      # [B, m, M] bool: which of the M drafted nodes passed through the head each of them saw
+    past: tuple | None      # keys, values [B, kv_heads, M, D] of those M nodes
+
+
+def first_level(head, hidden, k, temperature):
+    """hidden [B, dim], the head's output at the last true slot -> a Draft of one level. No head pass."""
+    score, token = propose(head, hidden, k, temperature)                              # [B, k] each
+    nothing = torch.zeros(len(hidden), 1, 0, dtype=torch.bool, device=hidden.device)
+    return Draft((score,), (token,), (torch.zeros_like(token),), hidden[:, None], nothing, None)
+
+
+def expand(head, draft, prefix, temperature):
+    """One head pass: the frontier, the k best candidates of the newest level, gets k children each. -> Draft.
+
+    prefix: the head's cache and the number of true slots in it, `length` [B]. No host synchronisation.
+    """
+    level, (B, k) = len(draft.scores), draft.scores[0].shape
+    score, best = draft.scores[-1].topk(k, dim=1)                                     # [B, k]
+    token, feature, origin = rows(draft.tokens[-1], best), rows(draft.hidden, best // k), best // k
+    self_only = torch.eye(k, dtype=torch.bool, device=best.device).expand(B, k, k)
+    seen = torch.cat([rows(draft.seen, origin), self_only], dim=2)                    # [B, k, level * k]
+    positions = (prefix.length + level - 1)[:, None].expand(B, k)
+    hidden, *past = head(feature, token, positions, seen, prefix, draft.past)         # [B, k, dim]
+    child, child_token = propose(head, hidden, k, temperature)                        # [B, k, k]
+    older = sum(scores.shape[1] for scores in draft.scores[:-1])
+    parents = (older + best + 1)[..., None].expand(B, k, k)
+    return Draft((*draft.scores, (score[..., None] + child).flatten(1)), (*draft.tokens, child_token.flatten(1)),
+                 (*draft.parents, parents.flatten(1)), hidden, seen, tuple(past))
+
+
 def draft_tree(head, hidden, root, prefix, shape, temperature):
     """Draft one tree per prefix.
 
@@ -89,28 +125,10 @@ def draft_tree(head, hidden, root, prefix, shape, temperature):
     temperature         of the scores, see `score_temperature`
     Returns a Tree. No host synchronisation; levels - 1 head passes over a frontier of k nodes.
     """
-    k, B = shape.branch, len(root)
-    score, token = propose(head, hidden, k, temperature)                              # [B, k] each
-    scores, tokens, parents = [score], [token], [torch.zeros_like(token)]             # parent: candidate index + 1
-    feature, past = hidden[:, None].expand(B, k, -1), None                            # [B, k, dim]
-    self_only = torch.eye(k, dtype=torch.bool, device=root.device).expand(B, k, k)
-    seen, frontier, made = self_only, torch.arange(k, device=root.device).expand(B, k), k
-    for level in range(1, shape.levels):
-        # Expand: the frontier's children are all candidates, ...
-        positions = (prefix.length + level - 1)[:, None].expand(B, k)
-        out, *past = head(feature, token, positions, seen, prefix, past)              # [B, k, dim]
-        child, child_token = propose(head, out, k, temperature)                       # [B, k, k]
-        scores.append((score[..., None] + child).flatten(1))
-        tokens.append(child_token.flatten(1))
-        parents.append((frontier + 1)[..., None].expand(B, k, k).flatten(1))
-        if level == shape.levels - 1:
-            break
-        # ... and the k best of them are the next frontier.
-        score, best = scores[-1].topk(k, dim=1)                                       # [B, k]
-        token, feature, origin = rows(tokens[-1], best), rows(out, best // k), best // k
-        seen = torch.cat([rows(seen, origin), self_only], dim=2)                      # [B, k, (level+1) * k]
-        frontier, made = made + best, made + k * k
-    return rerank(root, torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), shape)
+    draft = first_level(head, hidden, shape.branch, temperature)
+    for _ in range(shape.levels - 1):
+        draft = expand(head, draft, prefix, temperature)
+    return rerank(root, *(torch.cat(x, dim=1) for x in (draft.tokens, draft.parents, draft.scores)), shape)
 
 
 def rerank(root, tokens, parents, scores, shape):
