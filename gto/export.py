@@ -50,7 +50,10 @@ def export(source, folder, dtype=None, safetensors=False):
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
     file = folder / ("model.safetensors" if safetensors else "pytorch_model.bin")
     write(folder / "config.json", lambda path: path.write_text(
         json.dumps(eagle_json(config, tensors["norm.weight"].dtype), indent=2) + "\n"))
@@ -74,6 +77,7 @@ def write(file, save):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m gto.export", description=__doc__.split(":")[0])
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python -m gto.export --help)"))
     parser.add_argument("head", help="checkpoint of a draft head, for example out/gto.pt")
     parser.add_argument("folder", help="where config.json and the weights are written")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],

@@ -1,5 +1,6 @@
 """Loading of published weights in every layout, errors for damaged ones, and the export of heads."""
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -285,11 +286,13 @@ def test_head_for_another_target_is_refused(tmp_path):
     assert "needs a d2t" in error_of(load_head, folder, target)
     torch.save({k: v for k, v in tensors.items() if k != "fc.weight"}, folder / "pytorch_model.bin")
     assert "no EAGLE-3 head" in error_of(load_head, folder, target)
+    assert "cannot make the folder" in error_of(export, tmp_path / "head.pt", tmp_path / "head.pt")
 
 
-def test_export_of_a_missing_file_ends_with_one_line(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "gto.export", tmp_path / "no.pt", tmp_path / "out"], cwd=ROOT,
-                         capture_output=True, text=True)
+@pytest.mark.parametrize("arguments, words", [(["no.pt", "out"], "no.pt"), (["--size", "3"], "--help")])
+def test_export_ends_with_one_line(tmp_path, arguments, words):
+    run = subprocess.run([sys.executable, "-m", "gto.export", *arguments], cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 2
-    assert run.stderr.count("\n") == 1 and "no.pt" in run.stderr
+    assert run.stderr.count("\n") == 1 and words in run.stderr
     assert not (tmp_path / "out").exists()
