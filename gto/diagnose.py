@@ -21,14 +21,14 @@ def greedy_depth(tree, greedy):
     return (tree.depth * on_path).amax(1)
 
 
-@torch.no_grad()
 def halves(engine):
-    """`draft() -> tree` and `check(tree)` of an engine with a prefilled prompt, on a GPU as one CUDA graph each.
+    """`draft() -> tree` and `check(tree)` of an engine, on a GPU as one CUDA graph each: see `graphs`."""
+    return graphs(engine) if engine.device.type == "cuda" else (engine.draft, engine.check)
 
-    Capturing advances the engine: prefill again afterwards.
-    """
-    if engine.device.type != "cuda":
-        return engine.draft, engine.check
+
+@torch.no_grad()
+def graphs(engine):
+    """The halves of an engine with a prefilled prompt. Capturing advances it: prefill again afterwards."""
     tree = engine.draft()                                         # the tensors that both graphs share
 
     def draft():

@@ -35,20 +35,20 @@ def acceptance(target, head, prompts, shape, temperature, new_tokens, batch=16, 
 def timed(engine, prompt, new_tokens, stop=()):
     """Decode one prompt until `new_tokens` tokens are there, or one of `stop`.
 
-    Returns the seconds from the end of the prefill until the last token is on the host, all tokens, and the number of
-    accepted drafts of every cycle. The last cycle counts in full, whatever it overshoots: time and tokens must match.
+    Returns the seconds of every cycle, until its tokens are on the host and without the prefill; all tokens; and the
+    drafts accepted in every cycle. The last cycle counts in full, whatever it overshoots: time and tokens must match.
     """
     new = engine.prefill([prompt])
     out, accepted, cycles = list(new), [], engine.cycles()
     synchronize(engine.device)
-    began = time.perf_counter()
+    times = [time.perf_counter()]
     while len(out) < new_tokens and not any(token in stop for token in new):
         new = next(cycles)[0]
         out += new
         accepted.append(len(new) - 1)
-    seconds = time.perf_counter() - began              # before synchronising: a GPU has begun a cycle that is not ours
-    synchronize(engine.device)
-    return seconds, out, accepted
+        times.append(time.perf_counter())
+    synchronize(engine.device)                         # a GPU has begun a cycle more; it must not disturb what follows
+    return [end - start for start, end in zip(times, times[1:])], out, accepted
 
 
 def synchronize(device):
@@ -64,7 +64,7 @@ def speeds(engines, prompts, new_tokens):
         for name, engine in engines.items():
             seconds, tokens, _ = timed(engine, prompt, new_tokens)
             if i:
-                result[name].append((len(tokens) - 1) / seconds)
+                result[name].append((len(tokens) - 1) / sum(seconds))
     return {name: torch.tensor(values) for name, values in result.items()}
 
 

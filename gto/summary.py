@@ -9,8 +9,10 @@ def summary(results, plain, levels):
 
     levels   of its tree; 0: plain decoding
     Spreads are [first quartile, median, third quartile] over prompts. tau is pooled: all tokens by all cycles. The
-    paper's diagnosis is by cycle (see `gto.diagnose.dissect`): `pruned`, the share in which the greedy path is not in
-    the tree to its full depth; `matched`, the share in which the tree's accepted path is just what the greedy path
+    ms of a cycle and of its parts are medians over cycles, the parts' from the dissected pass: a `rest` below zero is
+    noise.
+    The paper's diagnosis is by cycle (see `gto.diagnose.dissect`): `pruned`, the share in which the greedy path is not
+    in the tree to its full depth; `matched`, the share in which the tree's accepted path is just what the greedy path
     alone would have had accepted, neither more (another branch) nor less (it was pruned); the acceptance length of the
     greedy path alone, and of the tree in the same cycles, both with the token that the target adds.
     """
@@ -20,15 +22,14 @@ def summary(results, plain, levels):
     mine = [result for result, _ in pairs]
     accepted = [n for result in mine for n in result["accepted"]]
     inside = {name: [x for result in mine for x in result["inside"][name]] for name in mine[0]["inside"]}
-    cycle = [1e3 * r["seconds"] / len(r["accepted"]) for r in mine]                   # ms, by prompt
-    draft, verify = ([mean(r["inside"][half]) for r in mine] for half in ("draft", "verify"))
+    cycle, draft, verify = (median(values) for values in (
+        [1e3 * x for result in mine for x in result["seconds"]], inside["draft"], inside["verify"]))
     row = {"prompts": len(mine), "cycles": len(accepted), "tokens": sum(r["emitted"] for r in mine),
            "tau": sum(r["emitted"] for r in mine) / len(accepted),
            "tau_by_prompt": quartiles([r["emitted"] / len(r["accepted"]) for r in mine]),
            "tokens_per_s": quartiles([rate(r) for r in mine]),
            "speedup": quartiles([rate(a) / rate(b) for a, b in pairs]),
-           "cycle_ms": median(cycle), "draft_ms": median(draft), "verify_ms": median(verify),
-           "rest_ms": median([c - d - v for c, d, v in zip(cycle, draft, verify)]),
+           "cycle_ms": cycle, "draft_ms": draft, "verify_ms": verify, "rest_ms": cycle - draft - verify,
            "accepted": [accepted.count(n) / len(accepted) for n in range(levels + 1)]}
     if levels:
         row |= {"pruned": mean([kept < levels for kept in inside["kept"]]),
@@ -38,7 +39,7 @@ def summary(results, plain, levels):
 
 
 def rate(result):
-    return result["emitted"] / result["seconds"]
+    return result["emitted"] / sum(result["seconds"])
 
 
 def mean(values):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gto import bench, checkpoint, plot
+from gto import bench, checkpoint, diagnose, plot
 from gto.bench import conversation, divergences, named_paths
 from gto.bpe import save_ranks
-from gto.diagnose import dissect, greedy_depth, halves
+from gto.diagnose import dissect, graphs, greedy_depth, halves
 from gto.engine import Engine
 from gto.errors import UserError
 from gto.evaluate import timed
@@ -72,6 +72,16 @@ def test_dissection_changes_nothing():
             assert len(cycles["draft"]) == len(cycles["verify"]) == len(accepted)
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_graphs_of_the_halves_share_the_tree(head, monkeypatch):
+    """What a GPU records, run without recording."""
+    monkeypatch.setattr(diagnose, "graph_of", lambda run: run() or run() or run)     # as in capture: it runs twice first
+    engine, prompt = engine_of("3,4,8", head=head), tiny_prompts(1, LETTERS)[0]
+    expected = dissect(engine, engine.draft, engine.check, prompt, 30)["tree"]
+    engine.prefill([prompt + prompt])
+    assert dissect(engine, *graphs(engine), prompt, 30)["tree"] == expected
+
+
 def test_both_passes_end_at_a_stop_token():
     engine = engine_of("3,4,8")
     prompt = tiny_prompts(1, LETTERS)[0]
@@ -96,11 +106,12 @@ def test_greedy_depth_needs_the_whole_path():
 def result(seconds, accepted, greedy=(), kept=()):
     inside = {"draft": [1.0] * len(accepted), "verify": [2.0] * len(accepted), "tree": accepted, "greedy": list(greedy),
               "kept": list(kept)}
-    return {"seconds": seconds, "emitted": sum(accepted) + len(accepted), "accepted": accepted, "inside": inside}
+    return {"seconds": [seconds / len(accepted) for _ in accepted], "emitted": sum(accepted) + len(accepted),
+            "accepted": accepted, "inside": inside}
 
 
 def test_summary_counts_the_bonus_token_and_pairs_by_prompt():
-    mine = [result(0.02, [2, 1], [2, 0], [3, 1]), result(0.03, [0, 3, 3], [0, 1, 3], [2, 3, 3]), result(0.0, [])]
+    mine = [result(0.02, [2, 1], [2, 0], [3, 1]), result(0.03, [0, 3, 3], [0, 1, 3], [2, 3, 3]), result(0, [])]
     plain = [result(0.05, [0] * 5), result(0.09, [0] * 9), result(0.0, [])]
     row = summary(mine, plain, levels=3)
     assert row["prompts"] == 2 and row["cycles"] == 5 and row["tokens"] == 14
@@ -241,7 +252,7 @@ def test_bad_input(files, flags, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_shape_without_a_gpu_exits_with_2():
-    done = subprocess.run([sys.executable, "-m", "gto.bench", "--shape", "llama-3.1-8b"], capture_output=True, text=True,
-                          cwd=Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-m", "gto.bench", "--shape", "llama-3.1-8b"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "CUDA" in done.stderr
