@@ -53,14 +53,16 @@ def tree_attention_reference(q, k, v, mask, k_cache, v_cache, length, sequence=N
 
 
 @triton.jit
-def _attend(q, k, v, visible, scale, top, total, acc, PRECISION: tl.constexpr):
-    """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction."""
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+def _attend(q, k, v, visible, scale, top, total, acc):
+    """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction.
+    "ieee" concerns float32 only, whose products would else be rounded to 10 bits (tf32): greedy decoding must be exact.
+    """
+    scores = tl.dot(q, k, input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return new_top, total * shrink + tl.sum(weights, axis=1), acc
 
 
@@ -70,7 +72,7 @@ def _attention_kernel(
     q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s, vc_c, vc_g, vc_s,
     N, M, G, splits, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    PARTIAL: tl.constexpr,
 ):
     row_blocks = tl.cdiv(N * GROUP, BLOCK_M)
     row_block = tl.program_id(0) % row_blocks              # fastest: programs that share keys run side by side
@@ -102,7 +104,7 @@ def _attention_kernel(
         seen = first + keys < end
         k = tl.load(k_at, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
         v = tl.load(v_at, mask=seen[:, None] & (dims < D)[None, :], other=0.0)
-        top, total, acc = _attend(q, k, v, seen[None, :], scale, top, total, acc, PRECISION)
+        top, total, acc = _attend(q, k, v, seen[None, :], scale, top, total, acc)
         k_at += BLOCK_N * kc_s
         v_at += BLOCK_N * vc_s
 
@@ -115,7 +117,7 @@ def _attention_kernel(
         v = tl.load(v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :],
                     mask=(m < M)[:, None] & (dims < D)[None, :], other=0.0)
         visible = tl.load(mask_row[:, None] + m[None, :] * mask_m, mask=real[:, None] & (m < M)[None, :], other=0) != 0
-        top, total, acc = _attend(q, k, v, visible, scale, top, total, acc, PRECISION)
+        top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
     H = G * GROUP
@@ -176,8 +178,7 @@ def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3],
         N, M, G, splits, math.log2(math.e) / math.sqrt(D),
         GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PARTIAL=splits > 1,
-        num_warps=warps, num_stages=stages)
+        PARTIAL=splits > 1, num_warps=warps, num_stages=stages)
     if splits > 1:
         ROWS = max(1, 32 // next_power_of_2(splits))
         _combine_kernel[(-(-B * N * H // ROWS),)](

@@ -29,7 +29,7 @@ def test_default_configurations_fit(sm):
         "_add_rms_norm_kernel", "_rotate_kernel", "_silu_mul_kernel"}
     for k in kernels:
         assert k["shared"] <= SHARED_LIMIT[sm], k
-        assert k["stack"] in (0, None), f"registers spill: {k}"
+        assert k["stack"] in (0, None), f"registers spill: {k}"  # None: no cuobjdump to ask
 
 
 def compile_only(sm):
@@ -82,21 +82,20 @@ def call_everything(torch, dtype):
         tree_attention.tree_attention_triton(q, k, k, torch.ones(B, N, M, dtype=torch.bool), cache, cache, length,
                                              length if sequence else None)
 
-    for D in 128, 64, 80:
-        attention(1, 60, 60, D, 4096, sequence=False)      # verification
+    attention(1, 60, 60, 128, 4096, sequence=False)        # verification
+    attention(1, 10, 70, 64, 4096, sequence=False)         # drafting
     attention(1, 1, 1, 128, 4096, sequence=False)          # one-token decoding
-    attention(1, 10, 70, 128, 4096, sequence=False)        # drafting
-    attention(128, 60, 60, 128, 4096, sequence=True)       # the reward's target forward: no split
+    attention(128, 60, 60, 80, 4096, sequence=True)        # the reward's target forward: no split
 
-    if dtype == torch.float32:
+    if dtype == torch.float32:                             # the rest computes in float32 whatever it is given
         return
     tokens, mask = torch.zeros(1, 60, dtype=torch.long), torch.ones(1, 60, 60, dtype=torch.bool)
     uniform = torch.zeros(1, 60)
+    acceptance.score_nodes_triton(empty(1, 60, 128_256))
     for temperature in 0.0, 0.7:
         acceptance.score_nodes_triton(empty(1, 60, 128_256), tokens, tokens, temperature, uniform)
-        acceptance.score_nodes_triton(empty(1, 60, 128_256), None, None, temperature, uniform)
     acceptance.accept_triton(tokens, tokens, mask, tokens, 8)
-    for aggregator in "lse", "max", "mean", "expected":
+    for aggregator in "lse", "mean":
         acceptance.tree_reward_triton(uniform, tokens, mask, aggregator)
     fused.add_rms_norm_triton(empty(1, 60, 4096), empty(1, 60, 4096), empty(4096), 1e-5)
     fused.add_rms_norm_triton(empty(1, 60, 4096), None, empty(4096), 1e-5)

@@ -70,11 +70,12 @@ def float64(arguments):
     return [x.double() if x is not None and x.is_floating_point() else x for x in arguments]
 
 
-def assert_attention(arguments):
+def assert_attention(arguments, tolerance=None):
     got, want = tree_attention_triton(*arguments), tree_attention_reference(*float64(arguments))
     dtype = arguments[0].dtype
     assert got.dtype == dtype and got.shape == want.shape
-    torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    tolerance = tolerance or TOLERANCE[dtype]
+    torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,7 +103,8 @@ def test_tree_attention_any_number_of_splits(splits, monkeypatch):
 
 
 def test_tree_attention_large_scores():
-    assert_attention(attention_inputs(7, 7, 64, [130], scale=100.0))
+    """Scores of several hundred, whose exponentials overflow; rounding at that size is some 1e-4 of a weight."""
+    assert_attention(attention_inputs(7, 7, 64, [130], scale=100.0), tolerance=1e-3)
 
 
 def test_tree_attention_blocks_without_a_visible_key():
