@@ -75,7 +75,7 @@ def test_dissection_changes_nothing():
 @pytest.mark.parametrize("head", [True, False])
 def test_graphs_of_the_halves_share_the_tree(head, monkeypatch):
     """What a GPU records, run without recording."""
-    monkeypatch.setattr(diagnose, "graph_of", lambda run: run() or run() or run)     # as in capture: it runs twice first
+    monkeypatch.setattr(diagnose, "graph_of", lambda run: run() or run() or run)  # capture, too, runs it twice before
     engine, prompt = engine_of("3,4,8", head=head), tiny_prompts(1, LETTERS)[0]
     expected = dissect(engine, engine.draft, engine.check, prompt, 30)["tree"]
     engine.prefill([prompt + prompt])
