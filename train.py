@@ -71,7 +71,10 @@ def main():
     last = STAGES.index(arguments["stage"] or "table")
     if arguments["stage"] is None and arguments["preset"] == "cpu" and not (out / "target.pt").exists():
         print("About ten minutes on two quiet cores: target 4, its text 1, head 1.5, GTO and control 2.5, table 1.", flush=True)
-    corpus = ensure_data(arguments["data"] or f"data/{config.dataset}", config.dataset, config.vocab_size)
+    if arguments["data"]:
+        corpus = ensure_data(arguments["data"])                    # its vocabulary is what it is
+    else:
+        corpus = ensure_data(f"data/{config.dataset}", config.dataset, config.vocab_size)
 
     if not (out / "target.pt").exists():
         target = stages.train_target(config, corpus, out, device)

@@ -2,6 +2,7 @@
 from dataclasses import dataclass, replace
 
 from gto.errors import UserError
+from gto.tree import TreeShape
 
 
 @dataclass
@@ -72,4 +73,11 @@ PRESETS = {
 def preset(name, **changes):
     if name not in PRESETS:
         raise UserError(f"no preset '{name}': choose one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **changes)
+    config = replace(PRESETS[name], **changes)
+    TreeShape.parse(config.tree)
+    if config.aggregator not in ("lse", "max", "mean", "expected"):
+        raise UserError(f"no aggregator '{config.aggregator}': choose lse, max, mean or expected")
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise UserError(f"{config.heads} heads, {config.kv_heads} kv_heads, head_dim {config.head_dim}: the kv_heads must"
+                        " divide the heads, and head_dim must be even")
+    return config

@@ -1,0 +1,143 @@
+"""Phase I's and phase II's losses against loops, and where gradients flow."""
+import math
+
+import pytest
+import torch
+
+from gto import stages
+from gto.config import Config
+from gto.engine import Engine
+from gto.loss import advantages, debias, ratio, surrogate, token_loss
+from gto.rollout import grow, read, sample_groups, sequence_log_prob
+from gto.tree import TreeShape
+from tests.tiny import tiny_models
+
+CONFIG = Config(tree="3,3,8", groups=2, group_size=4, unroll=2)
+
+
+def text_of(target, rows=2, length=24, seed=0):
+    tokens = torch.randint(target.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return read(target, tokens)
+
+
+@pytest.mark.parametrize("draft_vocab", [7, 4])
+def test_token_loss_equals_a_loop(draft_vocab):
+    torch.manual_seed(0)
+    B, R, J, V = 2, 3, 2, 7
+    ids = torch.randperm(V)[:draft_vocab].sort().values
+    log_q = torch.randn(B, R, J, draft_vocab).log_softmax(-1)
+    logits, weight = torch.randn(B, R, J, V), (torch.rand(B, R, J) < 0.7).float()
+    total = norm = 0.0
+    for j in range(J):
+        values = []
+        for b in range(B):
+            for r in range(R):
+                if weight[b, r, j] and logits[b, r, j].argmax() in ids:
+                    label = (logits[b, r, j, ids] / 0.5).softmax(-1)
+                    values.append(-(label * log_q[b, r, j]).sum().item())
+        total, norm = total + 0.8 ** j * sum(values) / len(values), norm + 0.8 ** j
+    assert token_loss(log_q, logits, ids, weight, label_temperature=0.5).item() == pytest.approx(total / norm, abs=1e-5)
+    # Padding changes nothing, whatever stands in it.
+    pad = lambda x, value: torch.cat([x, torch.full_like(x[:, :1], value)], dim=1)
+    padded = token_loss(pad(log_q, -50.0), pad(logits, 9.0), ids, pad(weight, 0.0), label_temperature=0.5)
+    assert padded.item() == pytest.approx(total / norm, abs=1e-5)
+
+
+def test_group_equations_equal_loops():
+    """Eq. 9-12 on two groups of three."""
+    torch.manual_seed(1)
+    R, R0, log_q, log_q0 = (torch.randn(1, 2, 3, dtype=torch.float64) for _ in range(4))
+    length = torch.tensor([[[0, 1, 2], [3, 1, 5]]])
+    eps, delta, total = 0.2, 1e-4, 0.0
+    for k in range(2):
+        gain = [(R[0, k, i] - R0[0, k, i]).item() for i in range(3)]
+        mean = sum(gain) / 3
+        std = math.sqrt(sum((x - mean) ** 2 for x in gain) / 3)
+        for i in range(3):
+            A = (gain[i] - mean) / (std + delta)
+            s = math.exp((log_q[0, k, i] - log_q0[0, k, i]).item() / max(length[0, k, i].item(), 1))
+            total -= min(s * A, min(max(s, 1 - eps), 1 + eps) * A) / 6
+    found = surrogate(ratio(log_q, log_q0, length), advantages(debias(R, R0), delta), eps)
+    assert found.item() == pytest.approx(total, abs=1e-12)
+
+
+def test_surrogate_stops_at_the_clip():
+    """No gradient where the ratio has already moved past the clip in the advantage's direction; all of it elsewhere."""
+    s = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0], requires_grad=True)
+    surrogate(s, torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0]), 0.2).backward()
+    torch.testing.assert_close(s.grad, torch.tensor([0.0, 0.2, -0.2, 0.0, -0.4]))
+
+
+def test_gradient_only_through_the_students_ratio():
+    target, head = tiny_models(seed=3)
+    reference = stages.copy_of(head, target)
+    for p in reference.parameters():                               # a little away: far away, the clip stops everything
+        p.data += 0.01 * torch.randn_like(p)
+    text = text_of(target)
+    loss, figures = stages.group_loss(CONFIG, target, head, reference, text, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert sum(p.grad.abs().sum() for p in head.parameters() if p.grad is not None) > 0
+    assert all(p.grad is None for p in (*reference.parameters(), *target.parameters()))
+    assert not figures["reward"].requires_grad and not figures["gain"].requires_grad
+
+
+def test_a_head_equal_to_its_reference_gets_no_gradient_from_debiased_rewards():
+    """Then all debiased rewards are 0: GTO alone never starts, L_token must move the head first."""
+    target, head = tiny_models(seed=3)
+    text, generator = text_of(target), torch.Generator()
+    loss, _ = stages.group_loss(CONFIG, target, head, stages.copy_of(head, target), text, generator.manual_seed(0))
+    loss.backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in head.parameters())
+    biased = Config(**{**vars(CONFIG), "debias": False})
+    loss, _ = stages.group_loss(biased, target, head, stages.copy_of(head, target), text, generator.manual_seed(0))
+    loss.backward()
+    assert sum(p.grad.abs().sum() for p in head.parameters() if p.grad is not None) > 0
+
+
+@torch.no_grad()
+def test_rollouts_draft_and_score_what_decoding_would():
+    """Trees that share their sequence's cache, against an engine that decodes each prefix by itself."""
+    target, head = tiny_models(seed=5)
+    text, shape = text_of(target, rows=2, length=20), TreeShape(3, 3, 10)
+    roots = torch.tensor([[0, 4, 9], [2, 3, 15]])
+    trees = grow(target, head, text, roots, shape, 1.0, "lse", 1.0)
+    log_q = sequence_log_prob(head, text, roots, trees)
+    seen = 0
+    for b in range(2):
+        for r in range(3):
+            prefix = text.tokens[b, :roots[b, r] + 1].tolist()     # the root token follows
+            engine = Engine(target, head, shape, score_temp=1.0)
+            engine.prefill([prefix])
+            engine.emitted[0, 0] = text.tokens[b, roots[b, r] + 1]
+            tree = engine.draft()
+            engine.check(tree)
+            n = int(engine.count)
+            assert trees.length[b, r] == n
+            accepted = engine.emitted[0, :n].tolist()
+            assert trees.accepted[b, r].tolist() == accepted + [0] * (shape.levels - n)
+            scores = {tuple(tree.tokens[0, tree.mask[0, i]].tolist()[1:]): tree.scores[0, i].item() for i in range(11)}
+            assert log_q[b, r].item() == pytest.approx(scores[tuple(accepted)], abs=1e-3)
+            seen += n
+    assert seen > 0, "nothing was accepted: the test shows nothing"
+
+
+def test_groups_are_adjacent_and_do_not_overlap():
+    for seed in range(50):
+        slots = sample_groups(100, 6, 8, 5, torch.Generator().manual_seed(seed)).view(-1, 8)
+        assert len(slots) == 6 and (slots.diff(dim=1) == 1).all()
+        assert slots.flatten().unique().numel() == 48
+        assert slots.min() >= 0 and slots.max() + 1 + 5 < 100
+
+
+def test_training_learns_what_it_is_told():
+    """Phase I on one text: the loss falls below the entropy of a uniform guess by far."""
+    target, head = tiny_models(seed=6)
+    text = text_of(target, rows=4, length=32)
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss = stages.unrolled_token_loss(CONFIG, head, text)
+        loss.backward(), optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    floor = -(text.logits.softmax(-1) * text.logits.log_softmax(-1)).sum(-1).mean().item()   # the labels' own entropy
+    assert losses[-1] - floor < 0.35 * (losses[0] - floor)
