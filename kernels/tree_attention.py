@@ -151,7 +151,7 @@ def _combine_kernel(
 def block_shape(rows, dtype):
     """(BLOCK_M, BLOCK_N, warps, stages) for `rows` = N * H / G rows per key head."""
     if dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
-        return 16, 64, 8, 1
+        return 16, 16, 4, 2
     return min(max(16, next_power_of_2(rows)), 64), 64, 8 if rows > 32 else 4, 3
 
 
