@@ -3,22 +3,25 @@
     python decode.py --prompt "def fibonacci(n):"
     python decode.py --prompt "import os" --temperature 1 --tree 4,4,12
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
+    python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain.
 """
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto import checkpoint
+from gto import chat
 from gto.engine import Engine
 from gto.errors import UserError, main_guard
 from gto.evaluate import synchronize
+from gto.load import load_head, load_target
 from gto.model import cast
-from gto.tokenizer import StreamDecoder, load_encoding
+from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
 from gto.tree import TreeShape
 from gto.verify import Sampling
 
@@ -27,9 +30,10 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python decode.py --help)"))
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--target", default="out/cpu/target.pt")
-    parser.add_argument("--head", default="out/cpu/gto-1337.pt")
-    parser.add_argument("--tokenizer", default="data/stdlib", help="see gto/tokenizer.py for what can be named")
+    parser.add_argument("--target", default="out/cpu/target.pt", help="ours, or a folder of Meta's or Hugging Face's files")
+    parser.add_argument("--head", default="out/cpu/gto-1337.pt", help="ours, or a folder with an EAGLE-3 head")
+    parser.add_argument("--tokenizer", help="default: the target's folder; data/stdlib for a target trained here")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
     parser.add_argument("--tree", default="1,5,5", help="children,levels,nodes; 1,n,n is a chain (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -39,6 +43,17 @@ def parse_arguments():
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
+
+
+def read_prompt(arguments):
+    """Returns the prompt's token ids, the ids that end a text, and the encoding."""
+    encoding = load_encoding(arguments.tokenizer or
+                             (arguments.target if Path(arguments.target).is_dir() else "data/stdlib"))
+    if arguments.chat:
+        template = chat.guess_template(encoding)
+        ids, _ = chat.encode(template, [{"role": "user", "content": arguments.prompt}], encoding)
+        return ids, chat.stop_ids(template, encoding), encoding
+    return encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}, encoding
 
 
 def decode(engine, encoding, prompt, max_new_tokens, stop, show):
@@ -64,26 +79,26 @@ def main():
     torch.manual_seed(arguments.seed)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     shape = TreeShape.parse(arguments.tree)
-    target = checkpoint.load_target(arguments.target, arguments.device)
-    head = checkpoint.load_head(arguments.head, target, arguments.device)
+    if not arguments.prompt:
+        raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
+    target = load_target(arguments.target, arguments.device)
+    head = load_head(arguments.head, target)
     if arguments.device == "cuda":
         cast(target, torch.bfloat16), cast(head, torch.bfloat16)
-    encoding = load_encoding(arguments.tokenizer)
-    prompt = encoding.encode(arguments.prompt, allowed_special="all")
-    if not prompt:
-        raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
-    stop = {encoding.eot_token}
+    prompt, stop, encoding = read_prompt(arguments)
+    capacity = min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    engine = Engine(target, head, shape, sampling)
-    print(arguments.prompt, end="", flush=True)
+    engine = Engine(target, head, shape, sampling, capacity=capacity)
+    if not arguments.chat:
+        print(arguments.prompt, end="", flush=True)
     tokens, cycles, seconds = decode(engine, encoding, prompt, arguments.max_new_tokens, stop, show=True)
     rate = (len(tokens) - 1) / max(seconds, 1e-9)
     print(f"\n\n{len(tokens)} tokens in {cycles} cycles, {(len(tokens) - 1) / max(cycles, 1):.2f} a cycle (tau),"
           f" {rate:.0f} tokens/s", file=sys.stderr)
     if arguments.compare:
         torch.manual_seed(arguments.seed)
-        plain, _, seconds = decode(Engine(target, None, None, sampling), encoding, prompt, arguments.max_new_tokens, stop,
-                                   show=False)
+        plain, _, seconds = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt,
+                                   arguments.max_new_tokens, stop, show=False)
         plain_rate = (len(plain) - 1) / max(seconds, 1e-9)
         same = "" if sampling.temperature else "the same tokens, " if plain == tokens else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain_rate:.0f} tokens/s; speed-up {rate / plain_rate:.2f}", file=sys.stderr)

@@ -67,7 +67,6 @@ def main():
     arguments, config = parse_arguments()
     device, out = arguments["device"], Path(arguments["out"] or f"out/{arguments['preset']}")
     torch.set_float32_matmul_precision("high")
-    remember_config(out, config)
     last = STAGES.index(arguments["stage"] or "table")
     if arguments["stage"] is None and arguments["preset"] == "cpu" and not (out / "target.pt").exists():
         print("About ten minutes on two quiet cores: target 4, its text 1, head 1.5, GTO and control 2.5, table 1.", flush=True)
@@ -75,6 +74,7 @@ def main():
         corpus = ensure_data(arguments["data"])                    # its vocabulary is what it is
     else:
         corpus = ensure_data(f"data/{config.dataset}", config.dataset, config.vocab_size)
+    remember_config(out, config)
 
     if not (out / "target.pt").exists():
         target = stages.train_target(config, corpus, out, device)

@@ -56,7 +56,7 @@ def train(name, model, optimizers, loss_of, steps, out, warmup=20, clip=1.0, dev
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 10 == 9 or step == steps - 1:
-            figures = {k: float(v) for k, v in {"loss": loss, **figures, "norm": norm}.items()}
+            figures = {k: v.item() for k, v in {"loss": loss, **figures, "norm": norm}.items()}
             bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items()})
             append_log(Path(out) / "log.jsonl", stage=name, step=step + 1, seconds=time.perf_counter() - began, **figures)
         if step % every == every - 1 and step < steps - 1:
