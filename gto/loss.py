@@ -7,20 +7,24 @@ Swap one function and you have another method: the reward's aggregator is in `ke
 import torch
 
 
-def token_loss(log_q, target_logits, token_ids, weight, label_temperature=1.0, decay=0.8):
+def soft_labels(target_logits, token_ids, temperature=1.0):
+    """What the head is taught: the target's distribution over the draft vocabulary.
+
+    target_logits [B, T, V]; token_ids [V'] target id of every draft id; temperature below 1 sharpens towards the arg-max.
+    Returns labels [B, T, V'] and teachable [B, T] bool: False where the draft vocabulary lacks the target's arg-max,
+    because there the renormalised label would teach another token.
+    """
+    labels = (target_logits.float()[..., token_ids] / temperature).softmax(-1)
+    return labels, torch.isin(target_logits.argmax(-1), token_ids)
+
+
+def token_loss(log_q, labels, weight, decay=0.8):
     """EAGLE-3's training-time test: soft cross-entropy of the target's and the head's distribution at every step.
 
-    log_q          [B, R, J, V'] the head's log-probabilities over the draft vocabulary, step j of the unroll
-    target_logits  [B, R, J, V]  the target's logits at the same places
-    token_ids      [V']          target id of every draft id
+    log_q, labels  [B, R, J, V'] over the draft vocabulary, at step j of the unroll
     weight         [B, R, J]     1 where supervised, 0 elsewhere: the mean is over supervised places only
-    label_temperature            below 1 sharpens the labels towards the target's arg-max
     decay                        weight of step j is decay ** j, as in EAGLE-3's code
-    A place whose arg-max the draft vocabulary lacks is left out: its renormalised label would teach another token.
     """
-    labels = (target_logits.float()[..., token_ids] / label_temperature).softmax(-1)  # [B, R, J, V']
-    if len(token_ids) < target_logits.shape[-1]:
-        weight = weight * torch.isin(target_logits.argmax(-1), token_ids)
     cross_entropy = -(labels * log_q).sum(-1) * weight                                # [B, R, J]
     per_step = cross_entropy.sum((0, 1)) / weight.sum((0, 1)).clamp(min=1)            # [J]
     steps = decay ** torch.arange(len(per_step), device=per_step.device)

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
-from gto.loss import advantages, debias, ratio, surrogate, token_loss
+from gto.loss import advantages, debias, ratio, soft_labels, surrogate, token_loss
 from gto.model import ModelConfig, Target, cast
 from gto.muon import Muon
 from gto.rollout import grow, read, sample_groups, sequence_log_prob
@@ -93,8 +93,8 @@ def unrolled_token_loss(config, head, text):
     chains = text.tokens[:, places[:, :-1] + 2]                                       # [B, R, J]
     hidden = head.unroll(text.features, text.tokens.roll(-1, dims=1), slots.expand(B, -1), chains)
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
-    weight = torch.ones(log_q.shape[:3], device=log_q.device)
-    return token_loss(log_q, text.logits[:, places + 1], head.token_ids, weight, config.label_temperature)
+    labels, teachable = soft_labels(text.logits, head.token_ids, config.label_temperature)
+    return token_loss(log_q, labels[:, places + 1], teachable[:, places + 1])
 
 
 def train_head(name, config, target, head, texts, steps, lr, batch, seed, out, reference=None):

@@ -7,7 +7,7 @@ import torch
 from gto import stages
 from gto.config import Config
 from gto.engine import Engine
-from gto.loss import advantages, debias, ratio, surrogate, token_loss
+from gto.loss import advantages, debias, ratio, soft_labels, surrogate, token_loss
 from gto.rollout import grow, read, sample_groups, sequence_log_prob
 from gto.tree import TreeShape
 from tests.tiny import tiny_models
@@ -36,11 +36,12 @@ def test_token_loss_equals_a_loop(draft_vocab):
                     label = (logits[b, r, j, ids] / 0.5).softmax(-1)
                     values.append(-(label * log_q[b, r, j]).sum().item())
         total, norm = total + 0.8 ** j * sum(values) / len(values), norm + 0.8 ** j
-    assert token_loss(log_q, logits, ids, weight, label_temperature=0.5).item() == pytest.approx(total / norm, abs=1e-5)
+    labels, teachable = soft_labels(logits.flatten(1, 2), ids, temperature=0.5)
+    labels, weight = labels.view(B, R, J, -1), weight * teachable.view(B, R, J)
+    assert token_loss(log_q, labels, weight).item() == pytest.approx(total / norm, abs=1e-5)
     # Padding changes nothing, whatever stands in it.
     pad = lambda x, value: torch.cat([x, torch.full_like(x[:, :1], value)], dim=1)
-    padded = token_loss(pad(log_q, -50.0), pad(logits, 9.0), ids, pad(weight, 0.0), label_temperature=0.5)
-    assert padded.item() == pytest.approx(total / norm, abs=1e-5)
+    assert token_loss(pad(log_q, -50.0), pad(labels, 9.0), pad(weight, 0.0)).item() == pytest.approx(total / norm, abs=1e-5)
 
 
 def test_group_equations_equal_loops():
