@@ -97,7 +97,7 @@ def main():
 
     def phase_one():
         head = stages.new_head(config, target, texts)
-        return head, stages.train_head("head", config, target, head, texts, config.head_steps, config.head_lr,
+        return head, stages.train_head("head", config, target, head, texts, config.head_steps, 1.0,
                                        config.head_batch, config.seed, out)
 
     head = load_or_make(out, "head", device, target, phase_one)
@@ -109,11 +109,11 @@ def main():
         def phase_two():
             student = stages.copy_of(head, target)
             return student, stages.train_head(f"gto-{seed}", config, target, student, texts, config.gto_steps,
-                                              config.gto_lr, config.gto_batch, seed, out, reference=head)
+                                              config.gto_rate, config.gto_batch, seed, out, reference=head)
 
         def continuation():
             student, steps = stages.copy_of(head, target), report.matched_steps(out, config, seed)
-            return student, stages.train_head(f"control-{seed}", config, target, student, texts, steps, config.gto_lr,
+            return student, stages.train_head(f"control-{seed}", config, target, student, texts, steps, config.gto_rate,
                                               config.head_batch, seed, out)
 
         heads["GTO"].append(load_or_make(out, f"gto-{seed}", device, target, phase_two))

@@ -21,7 +21,7 @@ class Config:
     ffn_dim: int = 512
     target_steps: int = 560
     target_batch: int = 8
-    muon_lr: float = 0.02          # hidden matrices
+    muon_lr: float = 0.02          # hidden matrices, of target and head
     adam_lr: float = 5e-3          # embedding and norms
 
     # text that the target writes itself, to train heads on: half greedy, half sampled at T=1
@@ -34,13 +34,13 @@ class Config:
     unroll: int = 4                # steps of the training-time test behind the first
     head_steps: int = 500
     head_batch: int = 4
-    head_lr: float = 2e-3
+    head_lr: float = 3e-3          # of AdamW; the head's hidden matrices learn at muon_lr
     label_temperature: float = 1.0  # below 1: labels sharpened towards the target's arg-max
 
     # phase II: Group Tree Optimization
     gto_steps: int = 40
     gto_batch: int = 2             # sequences per step
-    gto_lr: float = 5e-4
+    gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     groups: int = 16               # K, per sequence
     group_size: int = 8            # m adjacent positions
     omega: float = 0.5             # L = L_token + omega * L_GTO
@@ -65,8 +65,8 @@ PRESETS = {
     "cpu": Config(),               # ten minutes on two cores
     "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
                   ffn_dim=2048, target_steps=4000, target_batch=128, muon_lr=0.02, adam_lr=3e-3, texts=8192,
-                  head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, head_lr=1e-3, gto_steps=400,
-                  gto_batch=8, gto_lr=2e-4, tree="10,7,60", eval_tokens=256),
+                  head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, gto_steps=400,
+                  gto_batch=8, tree="10,7,60", eval_tokens=256),
 }
 
 

@@ -18,6 +18,13 @@ def generator_for(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def optimizers_for(model, muon_lr, adam_lr):
+    """Muon for the hidden matrices, AdamW for embedding, output and norms: at equal steps clearly better than AdamW."""
+    named = [(p.dim() == 2 and "embed" not in name, p) for name, p in model.named_parameters()]
+    return [Muon([p for hidden, p in named if hidden], muon_lr),
+            torch.optim.AdamW([p for hidden, p in named if not hidden], adam_lr, (0.9, 0.95), weight_decay=0)]
+
+
 def train_target(config, corpus, out, device):
     """A target from scratch: next-token cross-entropy. On CUDA in bf16 with a compiled forward. Returns the Target."""
     torch.manual_seed(config.seed)
@@ -25,10 +32,7 @@ def train_target(config, corpus, out, device):
         vocab_size=corpus.vocab_size, layers=config.layers, dim=config.dim, heads=config.heads, kv_heads=config.kv_heads,
         head_dim=config.head_dim, ffn_dim=config.ffn_dim, max_len=4 * config.length)).init_weights().to(device)
     forward = torch.compile(target) if device == "cuda" else target
-    hidden_matrices = [p for p in target.blocks.parameters() if p.dim() == 2]
-    chosen = set(hidden_matrices)
-    others = [p for p in target.parameters() if p not in chosen]
-    optimizers = [Muon(hidden_matrices, config.muon_lr), torch.optim.AdamW(others, config.adam_lr, (0.9, 0.95), weight_decay=0)]
+    optimizers = optimizers_for(target, config.muon_lr, config.adam_lr)
 
     def loss_of(step):
         batch = corpus.batch("train", step, config.target_batch, config.length, config.seed).to(device)  # [B, T+1]
@@ -97,13 +101,13 @@ def unrolled_token_loss(config, head, text):
     return token_loss(log_q, labels[:, places + 1], teachable[:, places + 1])
 
 
-def train_head(name, config, target, head, texts, steps, lr, batch, seed, out, reference=None):
+def train_head(name, config, target, head, texts, steps, rate, batch, seed, out, reference=None):
     """Token-level training of `head`; with a frozen `reference` head, GTO on top: L = L_token + omega * L_GTO.
 
-    texts [n, length] token ids. Returns the seconds it took. Every step draws its texts and groups from `seed`.
+    texts [n, length] token ids; rate scales the learning rates. Returns the seconds it took. Every step draws its texts and groups from `seed`.
     """
     device = str(target.norm.weight.device.type)
-    optimizer = torch.optim.AdamW(head.parameters(), lr, (0.9, 0.95), weight_decay=0)
+    optimizers = optimizers_for(head, rate * config.muon_lr, rate * config.head_lr)
 
     def loss_of(step):
         generator = generator_for(seed, step)
@@ -115,7 +119,7 @@ def train_head(name, config, target, head, texts, steps, lr, batch, seed, out, r
         gto_loss, figures = group_loss(config, target, head, reference, text, generator)
         return loss + config.omega * gto_loss, {"token": loss, **figures}
 
-    return train(name, head, [optimizer], loss_of, steps, out, device=device, clip=config.clip)
+    return train(name, head, optimizers, loss_of, steps, out, device=device, clip=config.clip)
 
 
 def group_loss(config, target, head, reference, text, generator):
