@@ -61,8 +61,8 @@ def ancestor_mask(parents, levels):
 
     Repeated squaring of "one step up or stay": log2(levels) products instead of a walk.
     """
-    eye = torch.eye(parents.shape[1], device=parents.device)
-    reach = ((torch.nn.functional.one_hot(parents, parents.shape[1]) + eye) > 0).float()  # [B, N, N]
+    index = torch.arange(parents.shape[1], device=parents.device)
+    reach = ((index == parents[..., None]) | (index == index[:, None])).float()       # [B, N, N]
     for _ in range(math.ceil(math.log2(max(levels, 2)))):
         reach = (reach @ reach).clamp(max=1)
     return reach > 0

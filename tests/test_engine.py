@@ -1,10 +1,14 @@
 """Losslessness at T=0, and the engine's state against a forward over the whole text."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import gto.model
 from gto.engine import Engine
 from gto.errors import UserError
 from gto.tree import TreeShape
+from gto.verify import Sampling
+from kernels.tree_attention import tree_attention_reference
 from tests.tiny import tiny_models, tiny_prompts
 
 
@@ -95,3 +99,44 @@ def test_drafting_agrees_with_training():
     log_q = torch.log_softmax(head.logits(hidden), -1)[0, 0]       # [5, V]
     path = log_q.gather(-1, tree.tokens[0, 1:, None]).squeeze(-1).cumsum(0)
     torch.testing.assert_close(path, tree.scores[0, 1:], atol=1e-4, rtol=1e-4)
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on operations whose result the host must wait for, or whose output shape depends on values."""
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(name in function.name() for name in self.FORBIDDEN), f"{function.name()} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def without_looking(q, k, v, mask, k_cache, v_cache, length, sequence=None):
+    """The reference on the whole cache: like the kernel, it never tells the host how long the prefixes are."""
+    S = k_cache.shape[2]
+    seen = (torch.arange(S) < length[:, None])[:, None].expand(-1, q.shape[2], -1)
+    k, v = torch.cat([k_cache[:len(q)], k], dim=2), torch.cat([v_cache[:len(q)], v], dim=2)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1, output_size=q.shape[1]) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, torch.cat([seen, mask], dim=2)[:, None])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.8, top_k=5, top_p=0.9)], ids=str)
+@torch.no_grad()
+def test_a_cycle_never_waits_for_the_device(monkeypatch, sampling):
+    """What a CUDA graph needs: a cycle of fixed shapes that reads no value on the host. Only the attention reference
+    reads one (the longest prefix); in its place stands a version that, like the kernel, does not."""
+    target, head = tiny_models(seed=1)
+    prompts = tiny_prompts(3)
+    for engine in (Engine(target, head, TreeShape(4, 3, 12), sampling, 3, 64), Engine(target, None, None, sampling, 3, 64)):
+        engine.prefill(prompts)
+        state = engine.length.clone(), engine.count.clone(), engine.emitted.clone(), engine.features.clone()
+        torch.manual_seed(0)
+        engine.cycle()
+        expected = engine.emitted.clone(), engine.count.clone(), engine.length.clone()
+        for x, before in zip((engine.length, engine.count, engine.emitted, engine.features), state):
+            x.copy_(before)
+        monkeypatch.setattr(gto.model, "tree_attention", without_looking)
+        torch.manual_seed(0)
+        with NoSync():
+            engine.cycle()
+        monkeypatch.setattr(gto.model, "tree_attention", tree_attention_reference)
+        assert all(torch.equal(a, b) for a, b in zip((engine.emitted, engine.count, engine.length), expected))
