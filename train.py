@@ -120,6 +120,10 @@ def main():
         heads["control"].append(load_or_make(out, f"control-{seed}", device, target, continuation))
     if last == STAGES.index("gto"):
         return
+    if device == "cuda":
+        for method in heads.values():
+            for head in method:
+                stages.cast(head, torch.bfloat16)
     print(report.tables(config, target, heads, corpus, out))
 
 

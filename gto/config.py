@@ -26,6 +26,7 @@ class Config:
 
     # text that the target writes itself, to train heads on: half greedy, half sampled at T=1
     texts: int = 512               # sequences
+    text_batch: int = 64           # of them at a time, all greedy or all sampled
     prompt_length: int = 32        # tokens of the corpus each begins with
 
     # draft head, phase I: token-level training
@@ -64,7 +65,7 @@ class Config:
 PRESETS = {
     "cpu": Config(),               # ten minutes on two cores
     "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
-                  ffn_dim=2048, target_steps=4000, target_batch=128, muon_lr=0.02, adam_lr=3e-3, texts=8192,
+                  ffn_dim=2048, target_steps=3500, target_batch=128, muon_lr=0.02, adam_lr=3e-3, texts=8192, text_batch=512,
                   head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, gto_steps=400,
                   gto_batch=8, tree="10,7,60", eval_tokens=256),
 }

@@ -56,13 +56,13 @@ def validation_loss(target, corpus, config, batches=8):
     return sum(losses) / len(losses)
 
 
-def write_texts(config, target, corpus, progress, batch=64):
+def write_texts(config, target, corpus, progress):
     """Sequences [texts, length] that the target continues from the corpus; every other batch is greedy.
 
     A head meets the target's own text when it decodes; trained on that, it drafts much better at T=0.
     """
     torch.manual_seed(config.seed)
-    texts = []
+    texts, batch = [], config.text_batch
     for step in progress(range(config.texts // batch)):
         prompts = corpus.batch("train", step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
         engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gto.muon import orthogonalize
 from gto.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,16 @@ TINY = ("--layers 2 --dim 32 --heads 2 --kv-heads 1 --head-dim 16 --ffn-dim 32 -
 def run(*arguments, cwd):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("rows, columns", [(5, 5), (12, 4), (3, 17)])
+def test_muon_makes_updates_orthogonal(rows, columns):
+    torch.manual_seed(0)
+    x = torch.randn(2, rows, columns)
+    singular = torch.linalg.svdvals(orthogonalize(x))
+    assert 0.5 < singular.min() and singular.max() < 1.3
+    U, _, V = torch.linalg.svd(x, full_matrices=False)
+    assert (orthogonalize(x) * (U @ V)).sum((1, 2)).min() > 0.8 * min(rows, columns), "towards the nearest such matrix"
 
 
 def training(out, stop_at=None):
