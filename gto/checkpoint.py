@@ -5,18 +5,24 @@ from pathlib import Path
 
 import torch
 
+from gto import parallel
 from gto.errors import UserError
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target
 
 
 def save(path, **contents):
-    """Write to a temporary file and rename it: a crash leaves the old checkpoint or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(contents, temporary)
-    os.replace(temporary, path)
+    """Write to a temporary file and rename it: a crash leaves the old checkpoint or the new one, never half of one.
+
+    Called by all ranks of a torchrun: one writes, and no one returns before the file is there.
+    """
+    if parallel.rank() == 0:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        torch.save(contents, temporary)
+        os.replace(temporary, path)
+    parallel.wait()
 
 
 def save_model(path, model):

@@ -10,19 +10,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gto import checkpoint
+from gto import checkpoint, parallel
 from gto.errors import UserError
 from gto.head import DraftHead
 from gto.layouts import EAGLE, HUGGING_FACE, META, eagle_config, hugging_face_config, meta_config, pieces, read_json
 from gto.model import Target, cast, rotary_frequencies
 
 
-def load_target(path, device="cpu", dtype=None):
+def load_target(path, device="cpu", dtype=None, spread=False):
     """A frozen target.
 
     path     a folder as downloaded: config.json with *.safetensors or *.bin (Llama, Qwen3), or params.json with
              consolidated.*.pth (Meta's Llamas); or a checkpoint *.pt of train.py
     dtype    None: a *.pt as it was saved, downloads in bfloat16 on a GPU and float32 on a CPU, where bfloat16 crawls
+    spread   a download's layers over the ranks of torchrun, see gto.parallel
     UserError for a file that is missing, cut short, of another architecture, or whose tensors do not fit its config.
     """
     path = Path(path)
@@ -41,6 +42,8 @@ def load_target(path, device="cpu", dtype=None):
                         f"params.json (Meta) beside the weights")
     with torch.device("meta"):
         target = Target(config)
+    if spread:
+        parallel.spread(target)
     fill(target, layout, tensors, path, device, dtype)
     if config.tied:
         target.unembed.weight = target.embed.weight
@@ -135,17 +138,20 @@ def draft_token_ids(path, tensors, config):
 
 def fill(model, layout, tensors, path, device, dtype):
     """Give a module on the meta device its tensors. Tied parameters are listed once, and filled once."""
+    parameters = dict(model.named_parameters())
     wanted = {name: (parameter.shape, pieces(model.config, layout, name, parameter.shape))
-              for name, parameter in model.named_parameters()}
+              for name, parameter in parameters.items()}
     check(wanted, tensors, path)
     size = sum(prod(shape) for shape, _ in wanted.values()) * dtype.itemsize
     filled = {}
-    with tqdm(total=size, desc=f"load {path.name}", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(total=size, desc=f"load {path.name}", unit="B", unit_scale=True, disable=parallel.rank() > 0 or None,
+              leave=False) as bar:
         for name, (shape, parts) in wanted.items():
-            filled[name] = torch.empty(shape, dtype=dtype, device=device)
-            for rows, (source, part) in zip(filled[name].split([shape[0] for _, shape in parts]), parts):
+            whole = torch.empty(shape, dtype=dtype, device="cpu" if parallel.is_spread(parameters[name]) else device)
+            for rows, (source, part) in zip(whole.split([shape[0] for _, shape in parts]), parts):
                 copy(rows, tensors[source], part, model.config, rotary=source.endswith(("wq.weight", "wk.weight")))
-            bar.update(filled[name].nbytes)
+            bar.update(whole.nbytes)
+            filled[name] = parallel.own_part(whole, parameters[name])
     model.load_state_dict(filled, strict=False, assign=True)
     # Not a parameter, and float32 whatever the weights are.
     model.frequencies = rotary_frequencies(model.config).to(device)

@@ -201,16 +201,17 @@ class Target(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         cos, sin = self.rotation(positions)
         x, delta = self.embed(tokens), None                                           # [B, N, dim]
-        streams, keys, values = [], [], []
+        taps, keys, values = {}, [], []
         for i, block in enumerate(self.blocks):
             x, normed = block.attn_norm(x, delta)
-            streams.append(x)
+            if i in self.config.taps:
+                taps[i] = x
             delta, k, v = block.attn(normed, cos, sin, mask, prefix, layer=i)
             x, normed = block.ffn_norm(x, delta)
             delta = block.ffn(normed)
             keys.append(k), values.append(v)
         _, hidden = self.norm(x, delta)
-        return hidden, torch.cat([streams[i] for i in self.config.taps], dim=-1), keys, values
+        return hidden, torch.cat([taps[i] for i in self.config.taps], dim=-1), keys, values
 
     def logits(self, hidden):
         return self.unembed(hidden)
