@@ -44,7 +44,10 @@ class Config:
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     groups: int = 16               # K, per sequence
     group_size: int = 8            # m adjacent positions
-    omega: float = 0.5             # L = L_token + omega * L_GTO
+    objective: str = "gto"         # gto, cut, distill or tv: see gto/loss.py
+    omega: float = 0.5             # L = L_token + omega * L_objective
+    tree_clip: float = 0.0         # gradient norm of the objective's part alone; 0: clipped only together with L_token's
+    reward_temperature: float = 1.0  # cut, distill: the decoding temperature whose acceptance counts; 0: greedy
     eps: float = 0.2               # clip of the ratio; the paper does not state it
     delta: float = 1e-4            # keeps the standardisation finite; the paper does not state it
     aggregator: str = "lse"        # lse, max, mean or expected
@@ -75,7 +78,11 @@ def preset(name, **changes):
     if name not in PRESETS:
         raise UserError(f"no preset '{name}': choose one of {', '.join(PRESETS)}")
     config = replace(PRESETS[name], **changes)
-    TreeShape.parse(config.tree)
+    shape = TreeShape.parse(config.tree)
+    if config.objective == "cut" and shape.nodes == shape.candidates:
+        raise UserError(f"objective cut trains what the re-ranking drops, but tree {shape} keeps all: choose fewer nodes")
+    if config.objective not in ("gto", "cut", "distill", "tv"):
+        raise UserError(f"no objective '{config.objective}': choose gto, cut, distill or tv")
     if config.aggregator not in ("lse", "max", "mean", "expected"):
         raise UserError(f"no aggregator '{config.aggregator}': choose lse, max, mean or expected")
     if config.heads % config.kv_heads or config.head_dim % 2:

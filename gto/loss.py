@@ -2,7 +2,7 @@
 
 Swap one function and you have another method: the reward's aggregator is in `kernels.acceptance.tree_reward`
 (eq. 3-5); what a reward is compared with is in `debias` and `advantages`; what the gradient flows through is in
-`ratio` and `surrogate`.
+`ratio` and `surrogate`. The last three functions are objectives that do without rewards and ratios.
 """
 import torch
 
@@ -56,3 +56,37 @@ def ratio(log_q, reference_log_q, length):
 def surrogate(s, advantage, eps):
     """Eq. 12: PPO's clipped objective, as a loss; s, advantage [B, K, m] -> scalar, the mean over groups and places."""
     return -torch.minimum(s * advantage, s.clamp(1 - eps, 1 + eps) * advantage).mean()
+
+
+# Beside GTO: objectives with a gradient of their own, minus an expected number of accepted drafts ------------------
+
+def chain_loss(log_q, labels, weight):
+    """"tv": drafts sampled along a chain. One is accepted with probability sum_x min(p(x), q(x)), which is 1 - TV(p, q),
+    and counts if all before it were. log_q, labels [B, R, J, V'], weight [B, R, J] as in `token_loss` -> scalar."""
+    accepted = torch.minimum(labels, log_q.exp()).sum(-1) * weight                    # [B, R, J]
+    return -accepted.cumprod(-1).sum(-1).mean()
+
+
+def cut_loss(scores, P, nodes, width=0.5):
+    """"cut": the kept tree's expected acceptance, sum of P over its nodes, with the re-ranking's cut made soft.
+
+    Node j is kept with w_j = sigmoid((s_j - threshold) / width); the threshold moves so that always `nodes` are kept,
+    which brings in the baseline: nodes compete, and only what is better than the others at the cut should rise.
+    scores, P [N, C]: a candidate's draft score s, with gradient, and the target's probability of its path -> scalar
+    """
+    s = scores.detach()
+    around = s.topk(nodes + 1, dim=1).values[:, -2:]                                  # the last one kept, the first dropped
+    w = torch.sigmoid((s - around.mean(1, keepdim=True)) / width)
+    slope = w * (1 - w) / width                                                       # dw / ds, at a fixed threshold
+    baseline = (slope * P).sum(1, keepdim=True) / slope.sum(1, keepdim=True).clamp(min=1e-9)
+    return -(slope * (P - baseline) * scores).sum(1).mean()
+
+
+def distill_loss(scores, P, parents):
+    """"distill": cross-entropy at every node that the tree really visits, weighted by the target's way of getting there.
+
+    scores, P [N, C] as in `cut_loss`; parents [N, C] candidate index + 1, 0: the root. A child's score minus its parent's
+    is log M(child | path); its P is the parent's times T(child | path): the node's weight and the label at once.
+    """
+    above = torch.nn.functional.pad(scores, (1, 0)).gather(1, parents)
+    return -(P * (scores - above)).sum(1).mean()

@@ -4,9 +4,10 @@ from torch.nn import functional as F
 
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
-from gto.loss import advantages, debias, ratio, soft_labels, surrogate, token_loss
+from gto.loss import advantages, chain_loss, debias, ratio, soft_labels, surrogate, token_loss
 from gto.model import ModelConfig, Target, cast
 from gto.muon import Muon
+from gto.objectives import candidate_loss
 from gto.rollout import grow, read, sample_groups, sequence_log_prob
 from gto.trainer import train
 from gto.tree import TreeShape, score_temperature
@@ -87,8 +88,11 @@ def new_head(config, target, texts):
     return head.to(target.norm.weight.device)
 
 
-def unrolled_token_loss(config, head, text):
-    """Training-time test over a whole batch: every slot starts a chain along the true text. -> scalar."""
+def unroll_text(config, head, text):
+    """Training-time test over a whole batch: every slot starts a chain along the true text.
+
+    Returns log_q, labels [B, R, J+1, V'] and teachable [B, R, J+1], see `gto.loss`.
+    """
     B, T = text.tokens.shape
     J = config.unroll
     slots = torch.arange(T - J - 2, device=text.tokens.device)                        # roots whose chain fits the text
@@ -98,13 +102,19 @@ def unrolled_token_loss(config, head, text):
     hidden = head.unroll(text.features, text.tokens.roll(-1, dims=1), slots.expand(B, -1), chains)
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
     labels, teachable = soft_labels(text.logits, head.token_ids, config.label_temperature)
-    return token_loss(log_q, labels[:, places + 1], teachable[:, places + 1])
+    return log_q, labels[:, places + 1], teachable[:, places + 1]
+
+
+def unrolled_token_loss(config, head, text):
+    """L_token of one batch. -> scalar."""
+    return token_loss(*unroll_text(config, head, text))
 
 
 def train_head(name, config, target, head, texts, steps, rate, batch, seed, out, reference=None):
-    """Token-level training of `head`; with a frozen `reference` head, GTO on top: L = L_token + omega * L_GTO.
+    """Token-level training of `head`; with a frozen `reference` head, phase II: L = L_token + omega * L_objective.
 
-    texts [n, length] token ids; rate scales the learning rates. Returns the seconds it took. Every step draws its texts and groups from `seed`.
+    texts [n, length] token ids; rate scales the learning rates. Returns the seconds it took. Every step draws its texts
+    and groups from `seed`.
     """
     device = str(target.norm.weight.device.type)
     optimizers = optimizers_for(head, rate * config.muon_lr, rate * config.head_lr)
@@ -113,13 +123,23 @@ def train_head(name, config, target, head, texts, steps, rate, batch, seed, out,
         generator = generator_for(seed, step)
         rows = torch.randint(len(texts), (batch,), generator=generator)
         text = read(target, texts[rows].to(device))
-        loss = unrolled_token_loss(config, head, text)
+        unrolled = unroll_text(config, head, text)
+        loss = token_loss(*unrolled)
         if reference is None:
             return loss, {}
-        gto_loss, figures = group_loss(config, target, head, reference, text, generator)
-        return loss + config.omega * gto_loss, {"token": loss, **figures}
+        if config.objective == "gto":
+            extra, figures = group_loss(config, target, head, reference, text, generator)
+        elif config.objective == "tv":
+            extra, figures = chain_loss(*unrolled), {}
+        else:
+            extra, figures = candidate_loss(config, target, head, text, generator)
+        # Its gradient comes first, so that it can be clipped alone; that of the returned loss is added to it.
+        (config.omega * extra).backward(retain_graph=True)
+        if config.tree_clip:
+            torch.nn.utils.clip_grad_norm_(head.parameters(), config.tree_clip)
+        return loss, {"extra": extra, **figures}
 
-    return train(name, head, optimizers, loss_of, steps, out, device=device, clip=config.clip)
+    return train(name, head, optimizers, loss_of, steps, out, warmup=min(20, steps // 5), device=device, clip=config.clip)
 
 
 def group_loss(config, target, head, reference, text, generator):

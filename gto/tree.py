@@ -19,8 +19,13 @@ class TreeShape:
     levels: int = 5
     nodes: int = 24
 
+    @property
+    def candidates(self):
+        """Nodes that are proposed, before the re-ranking."""
+        return self.branch + (self.levels - 1) * self.branch ** 2
+
     def __post_init__(self):
-        most = self.branch + (self.levels - 1) * self.branch ** 2
+        most = self.candidates
         if min(self.branch, self.levels, self.nodes) < 1 or self.nodes > most:
             raise UserError(f"tree {self}: {self.nodes} nodes asked for, {self.branch} children and {self.levels} levels"
                             f" give 1 to {max(most, 0)}; choose fewer nodes, more levels or more children")
@@ -125,10 +130,15 @@ def draft_tree(head, hidden, root, prefix, shape, temperature):
     temperature         of the scores, see `score_temperature`
     Returns a Tree. No host synchronisation; levels - 1 head passes over a frontier of k nodes.
     """
+    return rerank(root, *draft_candidates(head, hidden, prefix, shape, temperature), shape)
+
+
+def draft_candidates(head, hidden, prefix, shape, temperature):
+    """As `draft_tree`, before the re-ranking. -> tokens, parents (candidate index + 1, 0: the root), scores [B, C]."""
     draft = first_level(head, hidden, shape.branch, temperature)
     for _ in range(shape.levels - 1):
         draft = expand(head, draft, prefix, temperature)
-    return rerank(root, *(torch.cat(x, dim=1) for x in (draft.tokens, draft.parents, draft.scores)), shape)
+    return tuple(torch.cat(x, dim=1) for x in (draft.tokens, draft.parents, draft.scores))
 
 
 def rerank(root, tokens, parents, scores, shape):
