@@ -3,6 +3,7 @@
     python decode.py --prompt "def fibonacci(n):"
     python decode.py --prompt "import os" --temperature 1 --tree 4,4,12
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
+    python decode.py --prompt "class Queue:" --adaptive      depth and size chosen anew in every cycle
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain.
@@ -16,11 +17,13 @@ import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
 from gto import chat
+from gto.adaptive import AdaptiveEngine
 from gto.engine import Engine
 from gto.errors import UserError, main_guard
 from gto.evaluate import synchronize
 from gto.load import load_head, load_target
 from gto.model import cast
+from gto.policy import load_policy
 from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
 from gto.tree import TreeShape
 from gto.verify import Sampling
@@ -34,7 +37,9 @@ def parse_arguments():
     parser.add_argument("--head", default="out/cpu/gto-1337.pt", help="ours, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder; data/stdlib for a target trained here")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", default="1,5,5", help="children,levels,nodes; 1,n,n is a chain (default: %(default)s)")
+    parser.add_argument("--tree", help="children,levels,nodes; 1,n,n is a chain (default: 1,5,5)")
+    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
+                        " default: the one that python train.py --stage ltd left for the head")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -78,7 +83,7 @@ def main():
         raise UserError("--max-new-tokens must be at least 1")
     torch.manual_seed(arguments.seed)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    shape = TreeShape.parse(arguments.tree)
+    shape = TreeShape.parse(arguments.tree or "1,5,5")
     if not arguments.prompt:
         raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
     target = load_target(arguments.target, arguments.device)
@@ -88,7 +93,11 @@ def main():
     prompt, stop, encoding = read_prompt(arguments)
     capacity = min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    engine = Engine(target, head, shape, sampling, capacity=capacity)
+    if arguments.adaptive is None:
+        engine = Engine(target, head, shape, sampling, capacity=capacity)
+    else:
+        path = arguments.adaptive or Path(arguments.head).with_name(f"policy-{Path(arguments.head).name}")
+        engine = AdaptiveEngine(target, head, load_policy(path, arguments.tree and shape), sampling, capacity)
     if not arguments.chat:
         print(arguments.prompt, end="", flush=True)
     tokens, cycles, seconds = decode(engine, encoding, prompt, arguments.max_new_tokens, stop, show=True)

@@ -3,6 +3,7 @@
     python train.py                      everything, about ten minutes on two CPU cores
     python train.py --preset gpu         a larger target on one GPU, about 25 minutes
     python train.py --stage head         one stage (earlier ones must be finished)
+    python train.py --stage ltd          not part of "everything": policies that choose a draft's depth and size
     python train.py --omega 0.3 --out out/omega     any number of gto/config.py is a flag
 
 A finished stage is not run again, an interrupted one goes on where it was: run the same command again.
@@ -16,19 +17,19 @@ import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 from tqdm import tqdm
 
-from gto import checkpoint, config as configs, report, stages
+from gto import checkpoint, config as configs, ltd, report, stages
 from gto.data import ensure_data
 from gto.errors import UserError, main_guard
 from gto.trainer import append_log, finish
 
-STAGES = ("target", "text", "head", "gto", "table")
+STAGES = ("target", "text", "head", "gto", "table", "ltd")
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help)"))
     parser.add_argument("--preset", default="cpu", help="cpu or gpu: the numbers to start from")
-    parser.add_argument("--stage", choices=STAGES, help="only this stage; default: all of them")
+    parser.add_argument("--stage", choices=STAGES, help="only this stage; default: all up to table")
     parser.add_argument("--out", help="where checkpoints, log and table go; default out/<preset>")
     parser.add_argument("--data", help="a directory made by prepare_data.py; default data/<dataset>")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,6 +125,10 @@ def main():
         for method in heads.values():
             for head in method:
                 stages.cast(head, torch.bfloat16)
+    if last == STAGES.index("ltd"):
+        chosen = {"phase I": ("head.pt", head), "GTO": (f"gto-{config.seed}.pt", heads["GTO"][0])}
+        print(ltd.run(config, target, chosen, corpus, out))
+        return
     print(report.tables(config, target, heads, corpus, out))
 
 

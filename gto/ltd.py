@@ -1,0 +1,205 @@
+"""Learning to Draft on this machine: record, measure, learn, and a table beside every simpler way to choose.
+
+About two minutes on two CPU cores for two heads, half of it for the table.
+"""
+import time
+
+import torch
+from tqdm import tqdm
+
+from gto.adaptive import AdaptiveEngine
+from gto.engine import Engine
+from gto.evaluate import paired, timed
+from gto.policy import Fixed, Learned, Space, mlp, observe, save_policy
+from gto.ppo import ppo
+from gto.replay import Depth, Recording, Size, best_fixed, decide, fit_rule, measure, oracle, record, replay, walk
+from gto.trainer import append_log
+from gto.tree import TreeShape
+from gto.verify import Sampling
+
+# On a CPU small trees win, or none at all: one token alone is cheaper than two. On a GPU dozens of nodes are nearly free.
+SPACES = {"cpu": Space(2, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16)), "cuda": Space(10, 8, (8, 16, 24, 32, 48, 64, 96, 128))}
+HIDDEN = {"cpu": 128, "cuda": 1024}       # the paper's 1024 takes longer to train on a CPU and decides no better
+TRAIN, VALIDATE, PROMPT = 64, 16, 64      # training texts to record, texts to choose by, tokens each begins with
+STEPS, ROUNDS = 30_000, 2                  # of each policy in each round; the paper trains 1.1 M steps
+GAMMA = {"depth": 0.999, "size": 0.9}     # the paper's; a size is the only decision of its episode
+LIVE = 8                                  # held-out prompts decoded for the clock; all of them are replayed
+DEFAULT_TREE = "1,5,5"                    # decode.py's
+
+
+def learn(recording, costs, space, hidden, rate, seed, progress=lambda updates: updates):
+    """PPO: each policy alone (sizes with any depth, depths with a middling size), then in turn against each other.
+
+    rate: tokens a second to beat. Returns a Learned policy.
+    """
+    torch.manual_seed(seed)
+    R, levels, width = recording.seen.shape
+    policy = Learned(space, hidden)
+    depth_critic, size_critic = (mlp(width, hidden, hidden // 4, 1) for _ in range(2))
+    level_of, size_of = None, torch.full((R, levels), len(space.sizes) // 2)
+    for turn in range(1 + ROUNDS):
+        sizes = Size(level_of, recording, costs, rate)
+        ppo(sizes, policy.size_actor, size_critic, STEPS, GAMMA["size"], progress)
+        if turn:
+            size_of = sizes_chosen(policy, recording)
+        depths = Depth(size_of, recording, costs, rate)
+        ppo(depths, policy.depth_actor, depth_critic, STEPS, GAMMA["depth"], progress)
+        with torch.no_grad():
+            level_of, _ = decide(policy, recording)
+    return policy
+
+
+@torch.no_grad()
+def sizes_chosen(policy, recording):
+    """[R, levels]: the size it would choose, had one stopped at each level."""
+    return torch.stack([policy.size(seen) for seen in recording.seen.unbind(1)], dim=1)
+
+
+def part(recording, start, stop):
+    """The recording of texts `start` to `stop` - 1."""
+    n = recording.places
+    return Recording(n, *(x[start * n:stop * n] for x in recording[1:]))
+
+
+@torch.no_grad()
+def run(config, target, heads, corpus, out):
+    """heads {name: (file, head)} -> Markdown, also in out/ltd.md; leaves out/policy-<file> for decode.py --adaptive."""
+    device = target.norm.weight.device.type
+    space, places = SPACES[device], config.eval_tokens
+    training = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
+    held_out = [corpus.encoding.encode_ordinary(text)[:PROMPT] for text in corpus.prompts(config.eval_prompts)]
+    held_out = [prompt for prompt in held_out if len(prompt) == PROMPT]               # side by side: equal lengths
+    costs = measure(target, next(iter(heads.values()))[1], space, training[:8], PROMPT + places)
+    lines, pictures, methods = [], [], {}
+    for name, (file, head) in heads.items():
+        seen = record(target, head, training, places, space, progress=bar(f"record {name}"))
+        held = record(target, head, held_out, places, space, progress=bar("record held-out"))
+        train, validation = part(seen, 0, TRAIN), part(seen, TRAIN, TRAIN + VALIDATE)
+        fixed, rate = best_fixed(train, costs, space)
+        with torch.enable_grad():
+            learned = learn(train, costs, space, HIDDEN[device], rate, config.seed, bar(f"PPO {name}"))
+        rule = fit_rule(train, costs, space, rate)
+        chosen = max((replay(validation, costs, policy)[0], key) for key, policy in (("ltd", learned), ("rule", rule)))[1]
+        save_policy(out / f"policy-{file}", learned, costs, rule.rate, chosen)
+        methods[name] = head, {"best fixed": fixed, "rule": rule, "LTD": learned}, held
+        pictures.append(picture(name, learned, held, costs))
+        lines.append(f"{name}: `decode.py --adaptive` will use {'the learned policy' if chosen == 'ltd' else 'the rule'},"
+                     f" the faster one on {VALIDATE} other training texts.")
+    text = "\n\n".join([cost_table(space, costs), "\n".join(lines), live_table(config, target, methods, costs, held_out, out),
+                        *pictures])
+    (out / "ltd.md").write_text(text + "\n")
+    return text
+
+
+def bar(name):
+    return lambda parts: tqdm(parts, desc=name, leave=False)
+
+
+def cost_table(space, costs):
+    columns = "".join(f" {level} |" for level in range(1, space.levels + 1)), "".join(f" {n} |" for n in space.sizes)
+    lines = [f"This machine: milliseconds to draft a tree of {space.branch} children to each level, and to verify so many"
+             " nodes, by context in tokens.\n"]
+    for title, header, table in ("levels", columns[0], costs.draft), ("nodes", columns[1], costs.verify[:, -1]):
+        lines += [f"| context, {title} |{header}", "|---|" + "---|" * table.shape[1]]
+        lines += [f"| {b * costs.STEP}+ |" + "".join(f" {x * 1e3:.2f} |" for x in row) for b, row in enumerate(table.tolist())]
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def thinking(policy, repeats=200):
+    """Seconds that an observation, the question whether to stop and the question of the size take, medians: [3]."""
+    space, times = policy.space, []
+    scores = [torch.rand(1, space.branch ** min(level, 2)).log() for level in range(1, space.levels + 1)]
+    length = torch.tensor([100])
+    for _ in range(repeats):
+        stamps = [time.perf_counter()]
+        seen = observe(scores, length, space)
+        stamps.append(time.perf_counter())
+        bool(policy.stop(seen))
+        stamps.append(time.perf_counter())
+        int(policy.size(seen))
+        stamps.append(time.perf_counter())
+        times.append([b - a for a, b in zip(stamps, stamps[1:])])
+    return torch.tensor(times).median(0).values
+
+
+def live(engines, prompts, new_tokens):
+    """Batch 1, prompt by prompt in turn. -> {name: (tokens, seconds, cycles), [prompts] each}."""
+    results = {name: [] for name in engines}
+    for i, prompt in enumerate(prompts[:1] + prompts):                                # the first is the warm-up
+        for name, engine in engines.items():
+            if isinstance(engine, AdaptiveEngine) and i == 1:
+                engine.decisions.clear()
+            times, tokens, _ = timed(engine, prompt, new_tokens)
+            results[name].append((len(tokens) - 1, sum(times), len(times)))
+    return {name: torch.tensor(rows[1:]).T for name, rows in results.items()}
+
+
+def live_table(config, target, methods, costs, held_out, out):
+    """methods {head name: (head, {name: policy}, recording of the held-out prompts)} -> Markdown."""
+    prompts, places, notes = held_out[:LIVE], config.eval_tokens, []
+    lines = [f"Batch 1, {LIVE} held-out prompts x {places} tokens, prefill left out, everything in turn in one run; over best"
+             f" fixed: mean of the prompts ± standard error. Replayed: all {len(held_out)} held-out prompts at T=0.\n",
+             "| T | head | | tau | tokens/s | over best fixed, % | replayed tokens/s |", "|---|---|---|---|---|---|---|"]
+    for temperature in (0.0, 1.0):
+        for name, (head, policies, recording) in methods.items():
+            sampling, capacity = Sampling(temperature), PROMPT + places + 16
+            space, fixed = policies["LTD"].space, policies["best fixed"]
+            shape = TreeShape(space.branch, fixed.level, space.nodes(fixed.level, fixed.choice))
+            trees = {f"default tree {DEFAULT_TREE}": DEFAULT_TREE, f"tree {config.tree}": config.tree,
+                     f"best fixed {shape}": str(shape)}
+            engines = {"plain": Engine(target, None, None, sampling, capacity=capacity)}
+            engines |= {key: Engine(target, head, TreeShape.parse(tree), sampling, capacity=capacity)
+                        for key, tree in trees.items()}
+            engines |= {key: AdaptiveEngine(target, head, policies[key], sampling, capacity) for key in ("rule", "LTD")}
+            results = live(engines, prompts, places)
+            base = results[f"best fixed {shape}"]
+            for key, (tokens, seconds, cycles) in results.items():
+                rate, tau = (tokens.sum() / seconds.sum()).item(), (tokens.sum() / cycles.sum()).item()
+                gain, error = paired(tokens / seconds / (base[0] / base[1]) * 100, torch.full((len(tokens),), 100.0))
+                policy = policies.get(key.split(f" {shape}")[0]) if temperature == 0 else None
+                again = replay(recording, costs, policy)[0] if policy else None
+                append_log(out / "log.jsonl", table="ltd", T=temperature, head=name, method=key, tau=tau, tokens_per_s=rate,
+                           over_fixed=gain, error=error, replayed=again)
+                lines.append(f"| {temperature:g} | {name} | {key} | {tau:.2f} | {rate:.0f} | {gain:+.1f} ± {error:.1f} |"
+                             f" {f'{again:.0f}' if again else ''} |")
+                if policy:
+                    notes.append(check(name, key, replay(part(recording, 0, LIVE), costs, policy), rate, tau))
+            if temperature == 0:
+                best, tau, _ = walk(recording, costs, *oracle(recording, costs))
+                lines.append(f"| 0 | {name} | oracle | {tau:.2f} | | | {best:.0f} |")
+                notes.append(overhead(name, engines["LTD"], results["LTD"]))
+    return "\n".join([*lines, "", *notes])
+
+
+def check(head, method, replayed, rate, tau):
+    """Does the replay tell the truth? On the prompts decoded live."""
+    return (f"{head}, {method}: replayed {replayed[0]:.0f} tokens/s, tau {replayed[1]:.3f}; live {rate:.0f}, {tau:.3f}"
+            f" (error of the replay {100 * (replayed[0] / rate - 1):+.1f} %).")
+
+
+def overhead(head, engine, result):
+    levels = torch.tensor([level for level, _, _ in engine.decisions], dtype=torch.float)
+    observing, stopping, sizing = thinking(engine.policy).tolist()
+    asked = levels.clamp(max=engine.policy.space.levels - 1)
+    cost = ((levels * observing + asked * stopping).mean() + sizing) / (result[1].sum() / result[2].sum())
+    return f"{head}: the policies take {100 * cost:.1f} % of the time ({levels.mean():.1f} questions a cycle)."
+
+
+def picture(name, policy, recording, costs):
+    """Text histogram of what the policy chooses, by what it could not know: how many drafts the largest tree gets."""
+    level, size = decide(policy, recording)
+    _, _, visited = walk(recording, costs, level, size)
+    space = policy.space
+    possible, level, size = recording.accepted[visited, -1, -1], level[visited] + 1, size[visited]
+    nodes = torch.tensor([space.nodes(d, s) for d, s in zip(level.tolist(), size.tolist())], dtype=torch.float)
+    lines = [f"What the policies of {name} choose, held-out prompts; one bar for each number of levels 1 .. {space.levels}.\n",
+             "    drafts possible   cycles   levels     mean   nodes, mean"]
+    for low, high in ((0, 0), (1, 1), (2, 3), (4, 5), (6, space.levels)):
+        here = (possible >= low) & (possible <= high)
+        if here.any():
+            share = torch.bincount(level[here], minlength=space.levels + 1)[1:] / here.sum()
+            bars = "".join(" ▁▂▃▄▅▆▇█"[round(x * 8 + 0.3)] for x in share.tolist())
+            lines.append(f"    {f'{low}-{high}' if high > low else low:>15} {here.float().mean() * 100:6.0f} %   {bars:<10}"
+                         f" {level[here].float().mean():4.1f} {nodes[here].mean():13.1f}")
+    return "\n".join(lines)
