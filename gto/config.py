@@ -54,6 +54,8 @@ class Config:
     eta: float = 1.0               # sharpness of lse
     debias: bool = True
     clip: float = 0.5              # gradient norm, phase I and II
+    warmup: int = 20               # steps of rising learning rate, phase I and II
+    accumulate: int = 1            # batches of a step, phase I and II: for those that do not fit at once
     seeds: int = 2                 # phase II and its control are repeated with this many seeds
 
     # the draft tree of phase II and of the evaluation
@@ -81,6 +83,8 @@ def preset(name, **changes):
     shape = TreeShape.parse(config.tree)
     if config.objective == "cut" and shape.nodes == shape.candidates:
         raise UserError(f"objective cut trains what the re-ranking drops, but tree {shape} keeps all: choose fewer nodes")
+    if config.accumulate > 1 and config.tree_clip:
+        raise UserError("--tree-clip clips one batch's gradient at a time: leave it out, or --accumulate")
     if config.objective not in ("gto", "cut", "distill", "tv"):
         raise UserError(f"no objective '{config.objective}': choose gto, cut, distill or tv")
     if config.aggregator not in ("lse", "max", "mean", "expected"):

@@ -18,15 +18,17 @@ def soft_labels(target_logits, token_ids, temperature=1.0):
     return labels, torch.isin(target_logits.argmax(-1), token_ids)
 
 
-def token_loss(log_q, labels, weight, decay=0.8):
+def token_loss(log_q, labels, weight, total=None, decay=0.8):
     """EAGLE-3's training-time test: soft cross-entropy of the target's and the head's distribution at every step.
 
     log_q, labels  [B, R, J, V'] over the draft vocabulary, at step j of the unroll
     weight         [B, R, J]     1 where supervised, 0 elsewhere: the mean is over supervised places only
+    total          [J]           what to divide by instead, if this is a part of a batch: its parts' mean count of places
     decay                        weight of step j is decay ** j, as in EAGLE-3's code
     """
     cross_entropy = -(labels * log_q).sum(-1) * weight                                # [B, R, J]
-    per_step = cross_entropy.sum((0, 1)) / weight.sum((0, 1)).clamp(min=1)            # [J]
+    total = weight.sum((0, 1)) if total is None else total
+    per_step = cross_entropy.sum((0, 1)) / total.clamp(min=1)                         # [J]
     steps = decay ** torch.arange(len(per_step), device=per_step.device)
     return (per_step * steps).sum() / steps.sum()
 

@@ -4,25 +4,27 @@ import torch
 from gto.candidates import path_log_prob
 from gto.loss import cut_loss, distill_loss
 from gto.model import KV, Prefix
-from gto.rollout import sample_groups
 from gto.tree import TreeShape, draft_candidates, score_temperature
 
 
-def candidate_loss(config, target, head, text, generator):
-    """The loss "cut" or "distill" of one batch, at `config.groups` random prefixes of each text. Returns (loss, figures).
+def candidate_loss(config, target, head, text, roots, weight):
+    """The loss "cut" or "distill" of one batch, at prefixes given by their root slots. Returns (loss, figures).
 
+    roots [B, K]; weight [B, K] of each in the mean, 0 where there is none.
     Trees are drafted with gradient, at the score temperature that decoding at `config.reward_temperature` would use.
     """
     shape, temperature = TreeShape.parse(config.tree), config.reward_temperature
     tokens, (B, T), device = text.tokens, text.tokens.shape, text.tokens.device
     slots = torch.arange(T, device=device).expand(B, T)
     hidden, k, v = head(head.fuse(text.features), tokens.roll(-1, dims=1), slots)     # the last slot is never used
-    slot = sample_groups(T, config.groups, 1, shape.levels, generator).to(device).repeat(B)   # [N]
-    sequence, length = torch.arange(B, device=device).repeat_interleave(len(slot) // B), slot + 1
+    slot, weight = roots.flatten(), weight.flatten()                                  # [N]
+    sequence, length = torch.arange(B, device=device).repeat_interleave(roots.shape[1]), slot + 1
     drafted, parents, scores = draft_candidates(head, hidden[sequence, slot], Prefix(KV([k], [v]), length, sequence),
                                                 shape, score_temperature(temperature))
     P = path_log_prob(target, tokens[sequence, length], drafted, parents, Prefix(text.kv, length, sequence), shape,
                       temperature).exp()                                              # [N, C]
-    loss = cut_loss(scores, P, shape.nodes) if config.objective == "cut" else distill_loss(scores, P, parents)
+    weighted = P * weight[:, None] * len(weight)                                      # both losses are linear in P
+    loss = cut_loss(scores, weighted, shape.nodes) if config.objective == "cut" else distill_loss(scores, weighted, parents)
     kept = scores.detach().topk(shape.nodes, dim=1).indices
-    return loss, {"expected": P.gather(1, kept).sum(1).mean(), "possible": P.topk(shape.nodes, dim=1).values.sum(1).mean()}
+    return loss, {"expected": (P.gather(1, kept).sum(1) * weight).sum(),
+                  "possible": (P.topk(shape.nodes, dim=1).values.sum(1) * weight).sum()}

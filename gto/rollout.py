@@ -18,6 +18,7 @@ class Text(NamedTuple):
     features: torch.Tensor   # [B, T, 3 * dim]
     logits: torch.Tensor     # [B, T, V]
     kv: KV
+    supervised: torch.Tensor  # [B, T] bool: tokens to learn, written by the target or by the assistant it is to follow
 
 
 class Trees(NamedTuple):
@@ -28,22 +29,29 @@ class Trees(NamedTuple):
 
 
 @torch.no_grad()
-def read(target, tokens):
-    """tokens [B, T] -> Text."""
+def read(target, tokens, supervised=None):
+    """tokens, supervised [B, T] (None: all) -> Text."""
     hidden, features, keys, values = target(tokens)
-    return Text(tokens, features, target.logits(hidden), KV(keys, values))
+    supervised = torch.ones_like(tokens, dtype=torch.bool) if supervised is None else supervised
+    return Text(tokens, features, target.logits(hidden), KV(keys, values), supervised)
 
 
-def sample_groups(length, groups, size, levels, generator):
-    """Root slots of K non-overlapping groups of m adjacent positions, [K * m]; fewer groups if the text is short.
+def sample_groups(supervised, groups, size, levels, generator):
+    """Root slots of K non-overlapping groups of m adjacent positions of each text, supervised [B, T] on the CPU.
 
-    A root slot r has its root token at r + 1; behind it the text still holds `levels` tokens.
+    Returns roots [B, K * m] and real [B, K] bool, False for what fills up a text with room for fewer groups.
+    A root slot r has its root token at r + 1. It and the next token are supervised; behind it the text still holds
+    `levels` tokens.
     """
-    usable = length - 1 - levels
-    offset = int(torch.randint(min(size, usable), (1,), generator=generator))
-    blocks = (usable - offset) // size
-    chosen = torch.randperm(blocks, generator=generator)[:groups].sort().values
-    return (offset + chosen[:, None] * size + torch.arange(size)).flatten()
+    roots, real = torch.zeros(len(supervised), groups, size, dtype=torch.long), torch.zeros(len(supervised), groups).bool()
+    usable = (supervised[:, 1:-1] & supervised[:, 2:])[:, :max(supervised.shape[1] - 1 - levels, 0)]   # [B, slots]
+    for b, row in enumerate(usable):
+        offset = int(torch.randint(max(min(size, len(row)), 1), (1,), generator=generator))
+        blocks = row[offset:len(row) - (len(row) - offset) % size].view(-1, size).all(1).nonzero().squeeze(1)
+        chosen = blocks[torch.randperm(len(blocks), generator=generator)[:groups].sort().values]
+        roots[b, :len(chosen)] = offset + chosen[:, None] * size + torch.arange(size)
+        real[b, :len(chosen)] = True
+    return roots.flatten(1), real
 
 
 @torch.no_grad()

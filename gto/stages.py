@@ -2,6 +2,7 @@
 import torch
 from torch.nn import functional as F
 
+from gto import parallel
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
 from gto.loss import advantages, chain_loss, debias, ratio, soft_labels, surrogate, token_loss
@@ -21,9 +22,11 @@ def generator_for(seed, step):
 
 def optimizers_for(model, muon_lr, adam_lr):
     """Muon for the hidden matrices, AdamW for embedding, output and norms: at equal steps clearly better than AdamW."""
-    named = [(p.dim() == 2 and "embed" not in name, p) for name, p in model.named_parameters()]
-    return [Muon([p for hidden, p in named if hidden], muon_lr),
-            torch.optim.AdamW([p for hidden, p in named if not hidden], adam_lr, (0.9, 0.95), weight_decay=0)]
+    named = [(muon_lr > 0 and p.dim() == 2 and "embed" not in name, p) for name, p in model.named_parameters()
+             if p.requires_grad]
+    hidden = [p for is_hidden, p in named if is_hidden]
+    adam = torch.optim.AdamW([p for is_hidden, p in named if not is_hidden], adam_lr, (0.9, 0.95), weight_decay=0)
+    return [Muon(hidden, muon_lr), adam] if hidden else [adam]
 
 
 def train_target(config, corpus, out, device):
@@ -36,7 +39,8 @@ def train_target(config, corpus, out, device):
     optimizers = optimizers_for(target, config.muon_lr, config.adam_lr)
 
     def loss_of(step):
-        batch = corpus.batch("train", step, config.target_batch, config.length, config.seed).to(device)  # [B, T+1]
+        batch = corpus.batch("train", step, config.target_batch * parallel.ranks(), config.length, config.seed)
+        batch = batch[parallel.rank()::parallel.ranks()].to(device)                   # [B, T+1]
         hidden, *_ = forward(batch[:, :-1])
         return F.cross_entropy(target.logits(hidden).flatten(0, 1).float(), batch[:, 1:].flatten()), {}
 
@@ -91,7 +95,7 @@ def new_head(config, target, texts):
 def unroll_text(config, head, text):
     """Training-time test over a whole batch: every slot starts a chain along the true text.
 
-    Returns log_q, labels [B, R, J+1, V'] and teachable [B, R, J+1], see `gto.loss`.
+    Returns log_q, labels [B, R, J+1, V'] and weight [B, R, J+1], see `gto.loss`.
     """
     B, T = text.tokens.shape
     J = config.unroll
@@ -102,7 +106,15 @@ def unroll_text(config, head, text):
     hidden = head.unroll(text.features, text.tokens.roll(-1, dims=1), slots.expand(B, -1), chains)
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
     labels, teachable = soft_labels(text.logits, head.token_ids, config.label_temperature)
-    return log_q, labels[:, places + 1], teachable[:, places + 1]
+    return log_q, labels[:, places + 1], teachable[:, places + 1] & learnt_places(text.supervised, J)
+
+
+def learnt_places(supervised, unroll):
+    """Which steps of which chains are learnt, [B, T] -> [B, R, J+1] bool: the root and all tokens from it to the
+    predicted one are supervised. So it is in decoding, where a draft never begins in a question."""
+    slots = torch.arange(supervised.shape[1] - unroll - 2, device=supervised.device)
+    chain = supervised[:, slots[:, None] + torch.arange(1, unroll + 3, device=slots.device)]   # [B, R, J+2] with the root
+    return chain.cumprod(-1)[..., 1:].bool()
 
 
 def unrolled_token_loss(config, head, text):
@@ -110,54 +122,76 @@ def unrolled_token_loss(config, head, text):
     return token_loss(*unroll_text(config, head, text))
 
 
-def train_head(name, config, target, head, texts, steps, rate, batch, seed, out, reference=None):
+def train_head(name, config, target, head, texts, steps, rate, batch, seed, out, reference=None, supervised=None):
     """Token-level training of `head`; with a frozen `reference` head, phase II: L = L_token + omega * L_objective.
 
-    texts [n, length] token ids; rate scales the learning rates. Returns the seconds it took. Every step draws its texts
-    and groups from `seed`.
+    texts, supervised [n, length]: token ids, and bool whether they are learnt (None: all); rate scales the learning
+    rates; batch: sequences at a time, of which a step takes config.accumulate on every rank of a torchrun. Returns the
+    seconds it took. Every step draws its texts and groups from `seed`.
     """
     device = str(target.norm.weight.device.type)
+    supervised = torch.ones_like(texts, dtype=torch.bool) if supervised is None else supervised
+    shape, size = TreeShape.parse(config.tree), config.group_size if config.objective == "gto" else 1
+    parts = config.accumulate * parallel.ranks()
+    if head.config.own_embedding:
+        head.embed.requires_grad_(False)                                              # as a lent one
     optimizers = optimizers_for(head, rate * config.muon_lr, rate * config.head_lr)
 
-    def loss_of(step):
+    def loss_of(part):
+        # All ranks draw the whole step's texts and groups, and count what there is to learn: so what the parts' losses
+        # are divided by is common, and their mean is the loss of the whole, however it is cut up.
+        step, index = divmod(part, config.accumulate)
         generator = generator_for(seed, step)
-        rows = torch.randint(len(texts), (batch,), generator=generator)
-        text = read(target, texts[rows].to(device))
+        rows = torch.randint(len(texts), (parts * batch,), generator=generator)
+        learnt = supervised[rows]                                                     # [parts * B, T]
+        total = learnt_places(learnt, config.unroll).sum((0, 1)).to(device) / parts   # [J+1]
+        roots, real = sample_groups(learnt, config.groups, size, shape.levels, generator)
+        groups_weight = real / (real.sum() / parts).clamp(min=1e-9)
+        first = (index * parallel.ranks() + parallel.rank()) * batch
+        mine = slice(first, first + batch)
+        # Behind the last token to learn only the chains' ends are needed.
+        width = int(learnt[mine].any(0).nonzero().max()) + 1 + config.unroll
+        text = read(target, texts[rows[mine], :width].to(device, torch.long), learnt[mine, :width].to(device))
+        roots, groups_weight = roots[mine].to(device), groups_weight[mine].to(device)
         unrolled = unroll_text(config, head, text)
-        loss = token_loss(*unrolled)
+        loss = token_loss(*unrolled, total)
         if reference is None:
             return loss, {}
         if config.objective == "gto":
-            extra, figures = group_loss(config, target, head, reference, text, generator)
+            extra, figures = group_loss(config, target, head, reference, text, roots, groups_weight)
         elif config.objective == "tv":
-            extra, figures = chain_loss(*unrolled), {}
+            extra, figures = chain_loss(*unrolled) * unrolled[2][..., 0].numel() / total[0], {}
         else:
-            extra, figures = candidate_loss(config, target, head, text, generator)
+            extra, figures = candidate_loss(config, target, head, text, roots, groups_weight)
         # Its gradient comes first, so that it can be clipped alone; that of the returned loss is added to it.
-        (config.omega * extra).backward(retain_graph=True)
+        (config.omega * extra / config.accumulate).backward(retain_graph=True)
         if config.tree_clip:
             torch.nn.utils.clip_grad_norm_(head.parameters(), config.tree_clip)
         return loss, {"extra": extra, **figures}
 
-    return train(name, head, optimizers, loss_of, steps, out, warmup=min(20, steps // 5), device=device, clip=config.clip)
+    return train(name, head, optimizers, loss_of, steps, out, warmup=min(config.warmup, steps // 5), device=device,
+                 clip=config.clip, accumulate=config.accumulate)
 
 
-def group_loss(config, target, head, reference, text, generator):
-    """L_GTO of one batch: trees of both heads at groups of positions, eq. 3-12. Returns (loss, figures)."""
+def group_loss(config, target, head, reference, text, roots, weight):
+    """L_GTO of one batch: trees of both heads at groups of positions, eq. 3-12. Returns (loss, figures).
+
+    roots [B, K * m] slots; weight [B, K] of each group in the mean, 0 where there is none.
+    """
     shape, temperature = TreeShape.parse(config.tree), score_temperature(1.0)
-    slots = sample_groups(text.tokens.shape[1], config.groups, config.group_size, shape.levels, generator)
-    roots = slots.to(text.tokens.device).expand(len(text.tokens), -1)                 # [B, K * m]
     trees, reference_trees = (grow(target, h, text, roots, shape, temperature, config.aggregator, config.eta)
                               for h in (head, reference))
     log_q = sequence_log_prob(head, text, roots, trees)                               # [B, K * m], with gradient
     with torch.no_grad():
         reference_log_q = sequence_log_prob(reference, text, roots, trees)
-    in_groups = (len(text.tokens), -1, config.group_size)
+    in_groups = (*weight.shape, config.group_size)
     reward = debias(trees.reward, reference_trees.reward) if config.debias else trees.reward
     advantage = advantages(reward.view(in_groups), config.delta)                      # [B, K, m]
     s = ratio(log_q, reference_log_q, trees.length).view(in_groups)
-    return surrogate(s, advantage, config.eps), {"reward": trees.reward.mean(), "gain": reward.mean(),
-                                                 "accepted": trees.length.float().mean()}
+    weight = weight[..., None] * weight.numel()                                       # `surrogate` is a mean, linear in A
+    return surrogate(s, advantage * weight, config.eps), {
+        figure: (value.view(in_groups) * weight).mean()
+        for figure, value in {"reward": trees.reward, "gain": reward, "accepted": trees.length}.items()}
 
 
 def copy_of(head, target):

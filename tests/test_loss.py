@@ -20,6 +20,13 @@ def text_of(target, rows=2, length=24, seed=0):
     return read(target, tokens)
 
 
+def groups_of(text, config, seed=0):
+    """Roots and the weights of the groups, as in training."""
+    roots, real = sample_groups(text.supervised, config.groups, config.group_size, TreeShape.parse(config.tree).levels,
+                                torch.Generator().manual_seed(seed))
+    return roots, real / real.sum()
+
+
 @pytest.mark.parametrize("draft_vocab", [7, 4])
 def test_token_loss_equals_a_loop(draft_vocab):
     torch.manual_seed(0)
@@ -75,7 +82,7 @@ def test_gradient_only_through_the_students_ratio():
     for p in reference.parameters():                               # a little away: far away, the clip stops everything
         p.data += 0.01 * torch.randn_like(p)
     text = text_of(target)
-    loss, figures = stages.group_loss(CONFIG, target, head, reference, text, torch.Generator().manual_seed(0))
+    loss, figures = stages.group_loss(CONFIG, target, head, reference, text, *groups_of(text, CONFIG))
     loss.backward()
     assert sum(p.grad.abs().sum() for p in head.parameters() if p.grad is not None) > 0
     assert all(p.grad is None for p in (*reference.parameters(), *target.parameters()))
@@ -85,12 +92,12 @@ def test_gradient_only_through_the_students_ratio():
 def test_a_head_equal_to_its_reference_gets_no_gradient_from_debiased_rewards():
     """Then all debiased rewards are 0: GTO alone never starts, L_token must move the head first."""
     target, head = tiny_models(seed=3)
-    text, generator = text_of(target), torch.Generator()
-    loss, _ = stages.group_loss(CONFIG, target, head, stages.copy_of(head, target), text, generator.manual_seed(0))
+    text = text_of(target)
+    loss, _ = stages.group_loss(CONFIG, target, head, stages.copy_of(head, target), text, *groups_of(text, CONFIG))
     loss.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in head.parameters())
     biased = Config(**{**vars(CONFIG), "debias": False})
-    loss, _ = stages.group_loss(biased, target, head, stages.copy_of(head, target), text, generator.manual_seed(0))
+    loss, _ = stages.group_loss(biased, target, head, stages.copy_of(head, target), text, *groups_of(text, CONFIG))
     loss.backward()
     assert sum(p.grad.abs().sum() for p in head.parameters() if p.grad is not None) > 0
 
@@ -123,11 +130,17 @@ def test_rollouts_draft_and_score_what_decoding_would():
 
 
 def test_groups_are_adjacent_and_do_not_overlap():
+    supervised = torch.ones(3, 100, dtype=torch.bool)
+    supervised[1, 30:60] = False
+    supervised[2, 6:] = False                                      # no room for a group
     for seed in range(50):
-        slots = sample_groups(100, 6, 8, 5, torch.Generator().manual_seed(seed)).view(-1, 8)
-        assert len(slots) == 6 and (slots.diff(dim=1) == 1).all()
-        assert slots.flatten().unique().numel() == 48
-        assert slots.min() >= 0 and slots.max() + 1 + 5 < 100
+        roots, real = sample_groups(supervised, 6, 8, 5, torch.Generator().manual_seed(seed))
+        assert real.sum(1).tolist()[::2] == [6, 0] and real[1].sum() >= 4
+        for b in range(2):
+            slots = roots[b].view(6, 8)[real[b]]
+            assert (slots.diff(dim=1) == 1).all() and slots.flatten().unique().numel() == slots.numel()
+            assert slots.min() >= 0 and slots.max() + 1 + 5 < 100
+            assert supervised[b, slots + 1].all() and supervised[b, slots + 2].all()
 
 
 def test_training_learns_what_it_is_told():
