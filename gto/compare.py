@@ -1,0 +1,158 @@
+"""The ablations' tables: means, paired differences and their 95 % confidence intervals over seeds and prompts."""
+import torch
+
+from gto.summary import markdown
+
+CONTROLS = "control", "control-sharp", "control-0.6"
+TITLES = {"objectives": "Objectives, and the continuation of token-level training (Table 6)",
+          "groups": "Group size, 128 positions per sequence in all (Table 4; m=8 is gto)",
+          "aggregator": "Aggregator of the reward (Table 3; lse is gto)", "debias": "Debiasing (Table 5)",
+          "omega": "Weight of the GTO loss (omega=0.5 is gto), and its gradient clipped alone",
+          "labels": "Labels"}
+BESIDE = {"objectives": ["phase I"], "groups": ["control", "gto"], "aggregator": ["control", "gto"],
+          "debias": ["control", "gto"], "omega": ["control", "gto"], "labels": ["control", "control-sharp"]}
+# 97.5 % points of Student's t by degrees of freedom; in between the one before holds, which is the wider
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 20: 2.09, 30: 2.04, 60: 2.00}
+
+
+def interval(difference):
+    """Mean and half width of the 95 % interval of a difference [seeds, prompts], both taken for samples.
+
+    The variance of the mean is that over seeds plus that over prompts: what belongs to neither is in both, so the
+    interval is rather too wide. Degrees of freedom by Welch and Satterthwaite. One seed: only the prompts' share.
+    """
+    S, P = difference.shape
+    parts = [(difference.mean(1).var().item() / S, S - 1)] if S > 1 else []
+    parts += [(difference.mean(0).var().item() / P, P - 1)] if P > 1 else []
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return difference.mean().item(), 0.0
+    freedom = variance ** 2 / sum(part ** 2 / df for part, df in parts)
+    quantile = STUDENT[max(df for df in STUDENT if df <= max(freedom, 1))]
+    return difference.mean().item(), quantile * variance ** 0.5
+
+
+def taus(results, name, T):
+    """{seed: tau [prompts]} of a recipe's finished runs."""
+    return {run["seed"]: torch.tensor(run[f"T={T}"]["tau"], dtype=torch.float64) for run in results.get(name, [])}
+
+
+def over(results, name, other, T):
+    """'+0.031 ± 0.020 (+0.8 %)': a recipe's tau less another's, paired by seed and prompt. '' if they share no seed."""
+    a, b = taus(results, name, T), taus(results, other, T)
+    if name == "phase I":
+        a = {seed: a[0] for seed in b}
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds or name == other:
+        return ""
+    mean, half = interval(torch.stack([a[s] - b[s] for s in seeds]))
+    base = torch.stack([b[s] for s in seeds]).mean().item()
+    return f"{mean:+.3f} ± {half:.3f} ({100 * mean / base:+.1f} %)"
+
+
+def mean_tau(results, name, T):
+    return torch.stack(list(taus(results, name, T).values())).mean().item()
+
+
+def best_control(results, T):
+    """The continuation of token-level training with the largest tau, of those with most seeds. None before any is there."""
+    there = [name for name in CONTROLS if results.get(name)]
+    most = max((len(results[name]) for name in there), default=0)
+    return max((name for name in there if len(results[name]) == most), key=lambda n: mean_tau(results, n, T), default=None)
+
+
+def recipe_table(results, names):
+    best = {T: best_control(results, T) for T in (0, 1)}
+    header = ["", "seeds"]
+    for T in (0, 1):
+        header += [f"tau, T={T}", "score temp.", f"over {best[T]}"]
+    rows = []
+    for name in names:
+        runs = results.get(name)
+        if not runs:
+            continue
+        row = [name, str(len(runs))]
+        for T in (0, 1):
+            temps = sorted({run[f"T={T}"]["score_temp"] for run in runs})
+            row += [f"{mean_tau(results, name, T):.3f}", ", ".join(f"{t:g}" for t in temps), over(results, name, best[T], T)]
+        rows.append([*row, str(runs[0]["steps"]), f"{sum(run['seconds'] for run in runs) / len(runs):.0f}"])
+    return markdown([*header, "steps", "training, s"], rows) if rows else ""
+
+
+def gap(results):
+    """How far the best control is from the target's own drafts."""
+    lines = []
+    for T in (0, 1):
+        best = best_control(results, T)
+        if best:
+            control, ceiling = mean_tau(results, best, T), torch.tensor(results["phase I"][0][f"T={T}"]["self"]).mean().item()
+            lines.append(f"T={T}: the target drafting for itself has tau {ceiling:.3f}, {100 * (ceiling / control - 1):.1f} % over"
+                         f" {best}; a third of that gap is {(ceiling - control) / 3:+.3f}.")
+    return "\n".join(lines)
+
+
+def trees_table(results):
+    """Table 7: other trees at inference, the heads trained with the one."""
+    rows = []
+    for T in (0, 1):
+        by_name = {name: {run["seed"]: run[f"T={T}"]["trees"] for run in results.get(name, []) if "trees" in run[f"T={T}"]}
+                   for name in ("control", "gto")}
+        seeds = sorted(by_name["control"].keys() & by_name["gto"].keys())
+        for tree in by_name["control"][seeds[0]] if seeds else []:
+            control, gto = (torch.tensor([by_name[name][s][tree] for s in seeds]) for name in ("control", "gto"))
+            mean, half = interval(gto - control)
+            rows.append([str(T), tree, f"{control.mean():.3f}", f"{gto.mean():.3f}", f"{mean:+.3f} ± {half:.3f}"])
+    return markdown(["T", "tree", "control", "gto", "difference"], rows) if rows else ""
+
+
+def calibration_control(results):
+    """Labels and scores sharpened, T=0: a score temperature gives for nothing what sharper labels are trained for."""
+    rows, labels = [], {"phase I": "", "control": "1", "control-0.6": "0.6", "control-sharp": "0.3", "gto": "1",
+                        "gto-sharp": "0.3"}
+    for name, temperature in labels.items():
+        runs = [run["T=0"]["tuned"] for run in results.get(name, [])]
+        if runs:
+            rows.append([name, temperature, *(f"{sum(run[s] for run in runs) / len(runs):.3f}" for s in runs[0])])
+    return markdown(["T=0", "label temp.", *(f"score temp. {s}" for s in results["phase I"][0]["T=0"]["tuned"])], rows)
+
+
+def tables(results, recipes, config):
+    """results as `ablate.read_results` gives them; recipes {table: names} -> Markdown. Shows what is there so far."""
+    prompts = len(results["phase I"][0]["T=0"]["tau"])
+    parts = [f"Acceptance length tau, tree {config.tree}, {prompts} held-out prompts x {config.eval_tokens} tokens. Differences are"
+             " paired by prompt and seed, with 95 % confidence intervals over both. Every head has its best score"
+             " temperature, chosen on other prompts.", ceilings(results["phase I"][0], config)]
+    for title, names in recipes.items():
+        if any(results.get(name) for name in names):
+            parts.append(f"### {TITLES[title]}\n\n{recipe_table(results, [*BESIDE[title], *names])}")
+            if title == "objectives":
+                parts.append(gap(results))
+    if trees := trees_table(results):
+        parts.append(f"### Other trees at inference (Table 7), on the prompts that chose the score temperature\n\n{trees}")
+    parts.append(f"### Score temperature against label temperature, on the prompts that choose it\n\n{calibration_control(results)}")
+    return "\n\n".join(parts)
+
+
+def ceilings(record, config):
+    """What the phase-I head has, what it could have at most, and what its scores are worth. record: of `phase I`."""
+    rows, lines = [], ["### Ceilings\n"]
+    for T in (0, 1):
+        entry = record[f"T={T}"]
+        tau, rerank, own = (torch.tensor(entry[key], dtype=torch.float64) for key in ("tau", "rerank", "self"))
+        rows.append([str(T), f"{tau.mean():.3f}", f"{entry['score_temp']:g}",
+                     *(f"{x.mean():.3f} ({100 * (x.mean() / tau.mean() - 1):+.1f} %)" for x in (rerank, own)),
+                     f"{entry['distinct']:.0f} of {config.eval_tokens}"])
+    lines.append(markdown(["T", "phase I", "score temp.", "its candidates, ranked by the target",
+                           "the target drafts for itself", "distinct tokens"], rows))
+    columns = [(T, s, table) for T in (0, 1) for s, table in record[f"T={T}"]["calibration"].items()]
+    header, body = ["rank"], []
+    for T, s, _ in columns:
+        header += [f"exp(score), T={T}, score temp. {s}", "accepted"]
+    for i, (first, last, *_) in enumerate(columns[0][2]):
+        row = [f"{first}" if first == last else f"{first}..{last}"]
+        for *_, table in columns:
+            row += [f"{table[i][2]:.3f}", f"{table[i][3]:.3f}"]
+        body.append(row)
+    lines += ["\nCalibration, by rank among a draft's candidates: what a node's score promises, and how often it is accepted.\n",
+              markdown(header, body)]
+    return "\n".join(lines)
