@@ -26,7 +26,7 @@ class AdaptiveEngine(Engine):
         self.policy, self.decisions = policy, []
 
     def draft(self):
-        space, (hidden, root, prefix) = self.policy.space, self.extend()
+        space, (hidden, root, prefix) = self.policy.space, self.extend(int(self.count) + 1)
         draft = first_level(self.head, hidden, space.branch, self.score_temp)
         seen = observe(draft.scores, self.length, space).cpu()
         while len(draft.scores) < space.levels and not self.policy.stop(seen):

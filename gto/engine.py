@@ -73,14 +73,18 @@ class Engine:
             self.features[:, :1] = features.gather(1, last.expand(-1, 1, features.shape[-1]))
         return self.emitted[:, 0].tolist()
 
-    def extend(self):
+    def extend(self, width=None):
         """Extend the head over the newly committed tokens. Returns its output at the last of them, the root, which
-        predicts the tree's first level, [B, dim]; the root [B]; what the tree may see of the head's cache, a Prefix."""
-        B, P = self.emitted.shape
+        predicts the tree's first level, [B, dim]; the root [B]; what the tree may see of the head's cache, a Prefix.
+
+        width: the first so many slots are enough, if the host knows; all of them if not.
+        """
+        emitted, features = self.emitted[:, :width], self.features[:, :width]
+        B, P = emitted.shape
         committed = self.length - self.count - 1                                      # [B] slots in the head's cache
         steps = torch.arange(P, device=self.device)
         causal = (steps <= steps[:, None]).expand(B, P, P)
-        hidden, keys, values = self.head(self.head.fuse(self.features), self.emitted, committed[:, None] + steps,
+        hidden, keys, values = self.head(self.head.fuse(features), emitted, committed[:, None] + steps,
                                          causal, Prefix(self.head_cache, committed))
         self.head_cache.commit([keys], [values], committed)
         last = self.count[:, None]                                                    # [B, 1]

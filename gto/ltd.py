@@ -2,6 +2,7 @@
 
 About two minutes on two CPU cores for two heads, half of it for the table.
 """
+import itertools
 import time
 
 import torch
@@ -17,7 +18,7 @@ from gto.trainer import append_log
 from gto.tree import TreeShape
 from gto.verify import Sampling
 
-# On a CPU small trees win, or none at all: one token alone is cheaper than two. On a GPU dozens of nodes are nearly free.
+# On a CPU small trees win, or none: one token alone is much cheaper than two. On a GPU dozens of nodes cost little.
 SPACES = {"cpu": Space(2, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16)), "cuda": Space(10, 8, (8, 16, 24, 32, 48, 64, 96, 128))}
 HIDDEN = {"cpu": 128, "cuda": 1024}       # the paper's 1024 takes longer to train on a CPU and decides no better
 TRAIN, VALIDATE, PROMPT = 64, 16, 64      # training texts to record, texts to choose by, tokens each begins with
@@ -79,14 +80,15 @@ def run(config, target, heads, corpus, out):
         with torch.enable_grad():
             learned = learn(train, costs, space, HIDDEN[device], rate, config.seed, bar(f"PPO {name}"))
         rule = fit_rule(train, costs, space, rate)
-        chosen = max((replay(validation, costs, policy)[0], key) for key, policy in (("ltd", learned), ("rule", rule)))[1]
+        speed = {key: replay(validation, costs, policy)[0] for key, policy in (("ltd", learned), ("rule", rule))}
+        chosen = max(speed, key=speed.get)
         save_policy(out / f"policy-{file}", learned, costs, rule.rate, chosen)
         methods[name] = head, {"best fixed": fixed, "rule": rule, "LTD": learned}, held
         pictures.append(picture(name, learned, held, costs))
-        lines.append(f"{name}: `decode.py --adaptive` will use {'the learned policy' if chosen == 'ltd' else 'the rule'},"
-                     f" the faster one on {VALIDATE} other training texts.")
-    text = "\n\n".join([cost_table(space, costs), "\n".join(lines), live_table(config, target, methods, costs, held_out, out),
-                        *pictures])
+        lines.append(f"{name}: on {VALIDATE} other training texts the learned policy replays at {speed['ltd']:.0f}"
+                     f" tokens/s, the rule at {speed['rule']:.0f}: `decode.py --adaptive` uses the faster one.")
+    tables = live_table(config, target, methods, costs, held_out, out)
+    text = "\n\n".join([cost_table(space, costs), "\n".join(lines), tables, *pictures])
     (out / "ltd.md").write_text(text + "\n")
     return text
 
@@ -97,11 +99,12 @@ def bar(name):
 
 def cost_table(space, costs):
     columns = "".join(f" {level} |" for level in range(1, space.levels + 1)), "".join(f" {n} |" for n in space.sizes)
-    lines = [f"This machine: milliseconds to draft a tree of {space.branch} children to each level, and to verify so many"
-             " nodes, by context in tokens.\n"]
+    lines = [f"This machine: milliseconds to draft a tree of {space.branch} children to each level, and to verify so"
+             " many nodes, by context in tokens.\n"]
     for title, header, table in ("levels", columns[0], costs.draft), ("nodes", columns[1], costs.verify[:, -1]):
         lines += [f"| context, {title} |{header}", "|---|" + "---|" * table.shape[1]]
-        lines += [f"| {b * costs.STEP}+ |" + "".join(f" {x * 1e3:.2f} |" for x in row) for b, row in enumerate(table.tolist())]
+        lines += [f"| {b * costs.STEP}+ |" + "".join(f" {x * 1e3:.2f} |" for x in row)
+                  for b, row in enumerate(table.tolist())]
         lines.append("")
     return "\n".join(lines[:-1])
 
@@ -135,40 +138,43 @@ def live(engines, prompts, new_tokens):
     return {name: torch.tensor(rows[1:]).T for name, rows in results.items()}
 
 
+def engines_of(config, target, head, policies, sampling, fixed):
+    """Everything that is compared, by name. fixed: the TreeShape of the policy "best fixed"."""
+    capacity = PROMPT + config.eval_tokens + 16
+    trees = {f"default tree {DEFAULT_TREE}": TreeShape.parse(DEFAULT_TREE),
+             f"tree {config.tree}": TreeShape.parse(config.tree), "best fixed": fixed}
+    return {"plain": Engine(target, None, None, sampling, capacity=capacity),
+            **{name: Engine(target, head, shape, sampling, capacity=capacity) for name, shape in trees.items()},
+            **{name: AdaptiveEngine(target, head, policies[name], sampling, capacity) for name in ("rule", "LTD")}}
+
+
 def live_table(config, target, methods, costs, held_out, out):
     """methods {head name: (head, {name: policy}, recording of the held-out prompts)} -> Markdown."""
-    prompts, places, notes = held_out[:LIVE], config.eval_tokens, []
-    lines = [f"Batch 1, {LIVE} held-out prompts x {places} tokens, prefill left out, everything in turn in one run; over best"
-             f" fixed: mean of the prompts ± standard error. Replayed: all {len(held_out)} held-out prompts at T=0.\n",
-             "| T | head | | tau | tokens/s | over best fixed, % | replayed tokens/s |", "|---|---|---|---|---|---|---|"]
-    for temperature in (0.0, 1.0):
-        for name, (head, policies, recording) in methods.items():
-            sampling, capacity = Sampling(temperature), PROMPT + places + 16
-            space, fixed = policies["LTD"].space, policies["best fixed"]
-            shape = TreeShape(space.branch, fixed.level, space.nodes(fixed.level, fixed.choice))
-            trees = {f"default tree {DEFAULT_TREE}": DEFAULT_TREE, f"tree {config.tree}": config.tree,
-                     f"best fixed {shape}": str(shape)}
-            engines = {"plain": Engine(target, None, None, sampling, capacity=capacity)}
-            engines |= {key: Engine(target, head, TreeShape.parse(tree), sampling, capacity=capacity)
-                        for key, tree in trees.items()}
-            engines |= {key: AdaptiveEngine(target, head, policies[key], sampling, capacity) for key in ("rule", "LTD")}
-            results = live(engines, prompts, places)
-            base = results[f"best fixed {shape}"]
-            for key, (tokens, seconds, cycles) in results.items():
-                rate, tau = (tokens.sum() / seconds.sum()).item(), (tokens.sum() / cycles.sum()).item()
-                gain, error = paired(tokens / seconds / (base[0] / base[1]) * 100, torch.full((len(tokens),), 100.0))
-                policy = policies.get(key.split(f" {shape}")[0]) if temperature == 0 else None
-                again = replay(recording, costs, policy)[0] if policy else None
-                append_log(out / "log.jsonl", table="ltd", T=temperature, head=name, method=key, tau=tau, tokens_per_s=rate,
-                           over_fixed=gain, error=error, replayed=again)
-                lines.append(f"| {temperature:g} | {name} | {key} | {tau:.2f} | {rate:.0f} | {gain:+.1f} ± {error:.1f} |"
-                             f" {f'{again:.0f}' if again else ''} |")
-                if policy:
-                    notes.append(check(name, key, replay(part(recording, 0, LIVE), costs, policy), rate, tau))
-            if temperature == 0:
-                best, tau, _ = walk(recording, costs, *oracle(recording, costs))
-                lines.append(f"| 0 | {name} | oracle | {tau:.2f} | | | {best:.0f} |")
-                notes.append(overhead(name, engines["LTD"], results["LTD"]))
+    places, notes = config.eval_tokens, []
+    lines = [f"Batch 1, {LIVE} held-out prompts x {places} tokens, prefill left out, everything in turn in one run;"
+             f" over best fixed: mean of the prompts ± standard error. Replayed: {len(held_out)} held-out prompts at T=0.\n",
+             "| T | head | | tau | tokens/s | over best fixed, % | replayed |", "|---|---|---|---|---|---|---|"]
+    for temperature, (name, (head, policies, held)) in itertools.product((0.0, 1.0), methods.items()):
+        level, size, space = policies["best fixed"].level, policies["best fixed"].choice, policies["LTD"].space
+        fixed = TreeShape(space.branch, level, space.nodes(level, size))
+        engines = engines_of(config, target, head, policies, Sampling(temperature), fixed)
+        results = live(engines, held_out[:LIVE], places)
+        speed = {key: tokens / took for key, (tokens, took, _) in results.items()}    # [prompts]
+        for key, (tokens, took, cycles) in results.items():
+            gain, error = paired(100 * speed[key] / speed["best fixed"], torch.full_like(speed[key], 100.0))
+            rate, tau = (tokens.sum() / took.sum()).item(), (tokens.sum() / cycles.sum()).item()
+            replayed = None
+            if temperature == 0 and key in policies:
+                replayed = replay(held, costs, policies[key])[0]
+                notes.append(check(name, key, replay(part(held, 0, LIVE), costs, policies[key]), rate, tau))
+            lines.append(f"| {temperature:g} | {name} | {key}{f' {fixed}' if key == 'best fixed' else ''} | {tau:.2f} |"
+                         f" {rate:.0f} | {gain:+.1f} ± {error:.1f} | {f'{replayed:.0f}' if replayed else ''} |")
+            append_log(out / "log.jsonl", table="ltd", T=temperature, head=name, method=key, tau=tau, tokens_per_s=rate,
+                       over_fixed=gain, error=error, replayed=replayed)
+        if temperature == 0:
+            best, tau, _ = walk(held, costs, *oracle(held, costs))
+            lines.append(f"| 0 | {name} | oracle | {tau:.2f} | | | {best:.0f} |")
+            notes.append(overhead(name, engines["LTD"], results["LTD"]))
     return "\n".join([*lines, "", *notes])
 
 
@@ -193,13 +199,15 @@ def picture(name, policy, recording, costs):
     space = policy.space
     possible, level, size = recording.accepted[visited, -1, -1], level[visited] + 1, size[visited]
     nodes = torch.tensor([space.nodes(d, s) for d, s in zip(level.tolist(), size.tolist())], dtype=torch.float)
-    lines = [f"What the policies of {name} choose, held-out prompts; one bar for each number of levels 1 .. {space.levels}.\n",
+    lines = [f"What the policies for {name} choose on held-out prompts; a bar for each number of levels, 1 to"
+             f" {space.levels}.\n",
              "    drafts possible   cycles   levels     mean   nodes, mean"]
     for low, high in ((0, 0), (1, 1), (2, 3), (4, 5), (6, space.levels)):
         here = (possible >= low) & (possible <= high)
         if here.any():
             share = torch.bincount(level[here], minlength=space.levels + 1)[1:] / here.sum()
             bars = "".join(" ▁▂▃▄▅▆▇█"[round(x * 8 + 0.3)] for x in share.tolist())
-            lines.append(f"    {f'{low}-{high}' if high > low else low:>15} {here.float().mean() * 100:6.0f} %   {bars:<10}"
-                         f" {level[here].float().mean():4.1f} {nodes[here].mean():13.1f}")
+            drafts, cycles = f"{low}-{high}" if high > low else low, 100 * here.float().mean()
+            lines.append(f"    {drafts:>15} {cycles:6.0f} %   {bars:<10} {level[here].float().mean():4.1f}"
+                         f" {nodes[here].mean():13.1f}")
     return "\n".join(lines)

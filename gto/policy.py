@@ -21,7 +21,7 @@ class Space:
     """What there is to choose from: a tree of k = `branch` children, 1 to `levels` levels, and one of `sizes` nodes."""
     branch: int
     levels: int
-    sizes: tuple     # drafted nodes to verify, ascending; 0: none. A fixed shape each, for which a graph can be captured
+    sizes: tuple     # drafted nodes to verify, ascending; 0: only the root. Each is a fixed shape, fit for a graph
 
     @property
     def shape(self):
@@ -118,7 +118,7 @@ def mlp(*widths):
 
 
 class Learned(nn.Module):
-    """The two actors. hidden: width of the first hidden layer, 1024 in the paper; the size policy's second has a quarter."""
+    """The two actors. hidden: the width of the hidden layer; the size policy has a second one, a quarter as wide."""
 
     def __init__(self, space, hidden):
         super().__init__()
@@ -144,8 +144,8 @@ def load_policy(path, shape=None, device="cpu"):
     contents = read(path, "policy", device)
     space = Space(**{**contents["space"], "sizes": tuple(contents["space"]["sizes"])})
     if shape not in (None, space.shape):
-        raise UserError(f"{path} was learned for trees {space.shape}, not {shape}: leave the tree out, or learn again with"
-                        " python train.py --stage ltd")
+        raise UserError(f"{path} was learned for trees {space.shape}, not {shape}: leave the tree out, or learn again"
+                        " with python train.py --stage ltd")
     if contents["chosen"] == "rule":
         return Rule(space, Costs(*contents["costs"]), contents["rate"])
     learned = Learned(space, contents["hidden"]).to(device)

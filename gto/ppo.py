@@ -13,7 +13,8 @@ CLIP, LAMBDA, VALUE_WEIGHT, MAX_NORM = 0.2, 0.95, 0.5, 0.5                      
 
 
 def ppo(env, actor, critic, steps, gamma, progress=lambda updates: updates):
-    """Train `actor` ([.., width] -> action logits) and `critic` ([.., width] -> [.., 1]) in place for about `steps` steps.
+    """Train `actor` ([.., width] -> action logits) and `critic` ([.., width] -> [.., 1]) in place for about `steps`
+    decisions.
 
     Returns the mean reward of each buffer, a list: the learning curve.
     """
@@ -42,7 +43,7 @@ def ppo(env, actor, critic, steps, gamma, progress=lambda updates: updates):
 
 @torch.no_grad()
 def collect(env, actor, critic, gamma):
-    """A buffer of experience, flattened to [BUFFER, ..]: observation, action, its log-probability, reward, advantage, value."""
+    """Experience, [BUFFER, ..] each: observations, actions, their log-probabilities, rewards, advantages, values."""
     steps, seen, actions, log_ps, rewards, going = BUFFER // len(env.observation), [], [], [], [], []
     for _ in range(steps):
         seen.append(env.observation)

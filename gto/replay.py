@@ -87,13 +87,13 @@ def accepted_drafts(draft, future, space):
 
 
 def timed_cycle(engine, nodes):
-    """One cycle, drafted to the last level. -> seconds from its start to the end of each level; of verifying `nodes` nodes."""
+    """One cycle, drafted to the last level. -> seconds from its start to each level's end; of verifying the nodes."""
     def now():
         synchronize(engine.device)
         return time.perf_counter()
 
     began, ends = now(), []
-    hidden, root, prefix = engine.extend()
+    hidden, root, prefix = engine.extend(int(engine.count) + 1)
     draft = first_level(engine.head, hidden, engine.shape.branch, engine.score_temp)
     ends.append(now() - began)
     while len(draft.scores) < engine.shape.levels:
@@ -138,7 +138,7 @@ def seconds(recording, costs):
 
 
 def decide(policy, recording):
-    """What a policy does at every position: level [R] (from 0) and size [R], both indices into the recording's tables."""
+    """What a policy does at every position: level [R], from 0, and size [R], indices into the recording's tables."""
     R, levels, _ = recording.seen.shape
     stops = torch.stack([policy.stop(recording.seen[:, level]) for level in range(levels - 1)]
                         + [torch.ones(R, dtype=torch.bool, device=recording.seen.device)], dim=1)
@@ -194,12 +194,12 @@ def oracle(recording, costs):
 
 
 class Decisions:
-    """Replayed decoding as environments for `ppo`: N texts side by side, from random places on. An episode is one cycle.
+    """Replayed decoding as environments for `ppo`: texts side by side, from random places on. An episode is one cycle.
 
-    Its reward is its tokens minus its time at `rate` tokens a second. At the best `rate` the best policy's mean is 0, and
-    maximising this mean maximises tokens over time. (The paper's reward is each cycle's own throughput, which weighs
-    a short cycle as much as a long one.) What the next cycle finds hardly depends on where it starts: an episode that
-    went on behind the cycle would only add the noise of its luck.
+    Its reward is its tokens minus its time at `rate` tokens a second. If `rate` is the best possible speed, the best
+    policy's mean reward is 0 and every other's below: maximising the mean maximises tokens over time. (The paper's
+    reward, each cycle's own throughput, weighs a short cycle as much as a long one.) What the next cycle finds hardly
+    depends on where it starts: an episode that went on would only add the noise of its luck.
     """
 
     def __init__(self, recording, costs, rate, count=128):
@@ -208,7 +208,7 @@ class Decisions:
         self.root = torch.randint(len(self.reward), (count,))
 
     def move(self, over, level, size):
-        """Where `over` [N] bool: end the cycle and go where the next one starts, at the end of a text anywhere. -> reward [N]"""
+        """Where `over` [N]: end the cycle, go where the next one starts (after a text's end: anywhere). -> reward [N]"""
         at, places = (self.root, level, size), self.recording.places
         root, anywhere = self.root + self.tokens[at], torch.randint(len(self.reward), self.root.shape)
         root = torch.where(root // places == self.root // places, root, anywhere)
@@ -229,7 +229,7 @@ class Depth(Decisions):
 
     def step(self, action):
         level = self.level + 1 - action
-        over = (action == 1) | (level == self.recording.seen.shape[1] - 1)            # the last level is not asked about
+        over = (action == 1) | (level == self.recording.seen.shape[1] - 1)            # after the last level nobody asks
         reward = self.move(over, level, self.size_of[self.root, level])
         self.level = torch.where(over, 0, level)
         return reward, over
