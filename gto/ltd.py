@@ -1,6 +1,6 @@
 """Learning to Draft on this machine: record, measure, learn, and a table beside every simpler way to choose.
 
-About two minutes on two CPU cores for two heads, half of it for the table.
+About two minutes on two quiet CPU cores for two heads, half of it for the table.
 """
 import itertools
 import time
