@@ -6,20 +6,30 @@
     python train.py --stage ltd          not part of "everything": policies that choose a draft's depth and size
     python train.py --omega 0.3 --out out/omega     any number of gto/config.py is a flag
 
+For a released target, on its answers in a chat .jsonl (ShareGPT's format and others), with the paper's numbers:
+
+    python train.py --target Llama-3.1-8B-Instruct --data chat.jsonl                     phase I, then GTO
+    python train.py --target Llama-3.1-8B-Instruct --data chat.jsonl --head EAGLE3-head  GTO from a finished head
+    python train.py ... --head EAGLE3-head --stage head                                  phase I goes on from this head
+    torchrun --nproc_per_node=8 train.py ... [--spread]     a batch on each GPU; --spread: the target over all of them
+
 A finished stage is not run again, an interrupted one goes on where it was: run the same command again.
 """
 import argparse
-import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 from tqdm import tqdm
 
-from gto import checkpoint, config as configs, ltd, report, stages
+from gto import checkpoint, config as configs, ltd, parallel, report, stages
+from gto.conversations import encode_conversations
 from gto.data import ensure_data
 from gto.errors import UserError, main_guard
+from gto.experiment import head_in, remember_config, texts_in
+from gto.load import load_head, load_target
+from gto.tokenizer import load_encoding
 from gto.trainer import append_log, finish
 
 STAGES = ("target", "text", "head", "gto", "table", "ltd")
@@ -28,56 +38,57 @@ STAGES = ("target", "text", "head", "gto", "table", "ltd")
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help)"))
-    parser.add_argument("--preset", default="cpu", help="cpu or gpu: the numbers to start from")
+    parser.add_argument("--preset", help="cpu, gpu or real: the numbers to start from; default cpu, with --target real")
     parser.add_argument("--stage", choices=STAGES, help="only this stage; default: all up to table")
     parser.add_argument("--out", help="where checkpoints, log and table go; default out/<preset>")
-    parser.add_argument("--data", help="a directory made by prepare_data.py; default data/<dataset>")
+    parser.add_argument("--data", help="a directory made by prepare_data.py (default data/<dataset>), or a chat .jsonl")
+    parser.add_argument("--target", help="a folder of Meta's or Hugging Face's files; needs --data chat.jsonl")
+    parser.add_argument("--head", help="with --target: start from this head, ours or a folder with an EAGLE-3 head")
+    parser.add_argument("--tokenizer", help="with --target: default its folder")
+    parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.__getitem__ if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())
     changes = {name: arguments.pop(name) for name in list(arguments) if name in asdict(configs.Config())}
+    real = arguments["target"] is not None
+    if real and not arguments["data"]:
+        raise UserError("--target needs conversations to learn from: --data chat.jsonl")
+    for name in ("target", "data", "head") if real else ():
+        if arguments[name] and not Path(arguments[name]).exists():
+            raise UserError(f"--{name} {arguments[name]} does not exist")
+    if not real and (arguments["head"] or arguments["tokenizer"] or arguments["spread"]):
+        raise UserError("--head, --tokenizer and --spread are for a released target: add --target FOLDER")
+    if real and arguments["stage"] in ("table", "ltd"):
+        raise UserError(f"--stage {arguments['stage']} is for the target trained here: compare heads of a released one with"
+                        f" python -m gto.bench")
+    arguments["preset"] = arguments["preset"] or ("real" if real else "cpu")
     return arguments, configs.preset(arguments["preset"], **changes)
 
 
-def load_or_make(out, name, device, target, make):
-    """The head out/name.pt; trained by `make() -> (head, seconds)` and saved if it is not there yet."""
-    path = out / f"{name}.pt"
-    if not path.exists():
-        head, seconds = make()
-        checkpoint.save_model(path, head)
-        append_log(out / "log.jsonl", stage=name, finished=True, seconds=seconds)
-        finish(name, out)
-    return checkpoint.load_head(path, target, device)
+def released_target(arguments, config, out, device):
+    """A downloaded target, its tokenised conversations, and the head to start from, if one is given."""
+    remember_config(out, config, target=Path(arguments["target"]).name, data=Path(arguments["data"]).name)
+    encoding = load_encoding(arguments["tokenizer"] or arguments["target"])
+    texts, supervised = texts_in(out, lambda: encode_conversations(arguments["data"], encoding, config.length, config.unroll))
+    target = load_target(arguments["target"], device, spread=arguments["spread"])
+    given = load_head(arguments["head"], target, torch.float32) if arguments["head"] else None
+    return target, texts, supervised, given
 
 
-def remember_config(out, config):
-    """One directory holds one experiment: its numbers are written once and must not change under a resumed run."""
-    path = out / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [name for name, value in asdict(config).items() if before.get(name) != value]
-        if changed:
-            raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(config), indent=1))
-
-
-def main():
-    arguments, config = parse_arguments()
-    device, out = arguments["device"], Path(arguments["out"] or f"out/{arguments['preset']}")
-    torch.set_float32_matmul_precision("high")
-    last = STAGES.index(arguments["stage"] or "table")
+def own_target(arguments, config, out, device):
+    """The corpus, the target trained on it and, unless the stage is "target", the texts that it writes."""
     if arguments["stage"] is None and arguments["preset"] == "cpu" and not (out / "target.pt").exists():
         print("About ten minutes on two quiet cores: target 4, its text 1, head 1.5, GTO and control 2.5, table 1.", flush=True)
-    if arguments["data"]:
-        corpus = ensure_data(arguments["data"])                    # its vocabulary is what it is
-    else:
-        corpus = ensure_data(f"data/{config.dataset}", config.dataset, config.vocab_size)
+    name = arguments["data"] or f"data/{config.dataset}"
+    sizes = () if arguments["data"] else (config.dataset, config.vocab_size)         # a named one is what it is
+    if parallel.rank() == 0:
+        ensure_data(name, *sizes)
+    parallel.wait()
+    corpus = ensure_data(name, *sizes)
     remember_config(out, config)
-
-    if not (out / "target.pt").exists():
+    if not parallel.exists(out / "target.pt"):
         target = stages.train_target(config, corpus, out, device)
         checkpoint.save_model(out / "target.pt", target)
         finish("target", out)
@@ -86,22 +97,35 @@ def main():
     target = checkpoint.load_target(out / "target.pt", device)
     if device == "cuda":
         stages.cast(target, torch.bfloat16)
-    if last == STAGES.index("target"):
-        return
+    texts = None
+    if arguments["stage"] != "target":
+        texts, _ = texts_in(out, lambda: {"tokens": stages.write_texts(
+            config, target, corpus, lambda steps: tqdm(steps, desc="text", unit="batch"))})
+    return corpus, target, texts
 
-    if not (out / "text.pt").exists():
-        texts = stages.write_texts(config, target, corpus, lambda steps: tqdm(steps, desc="text", unit="batch"))
-        checkpoint.save(out / "text.pt", kind="text", tokens=texts)
-    texts = checkpoint.read(out / "text.pt", "text")["tokens"]
-    if last == STAGES.index("text"):
+
+def main():
+    arguments, config = parse_arguments()
+    device, out, stage = arguments["device"], Path(arguments["out"] or f"out/{arguments['preset']}"), arguments["stage"]
+    torch.set_float32_matmul_precision("high")
+    parallel.start(device)
+    if parallel.ranks() == 1 and arguments["spread"] or parallel.ranks() > 1 and stage == "ltd":
+        raise UserError("--spread needs torchrun --nproc_per_node=N train.py ..., --stage ltd a single process")
+    if arguments["target"]:
+        corpus, (target, texts, supervised, given) = None, released_target(arguments, config, out, device)
+    else:
+        (corpus, target, texts), supervised, given = own_target(arguments, config, out, device), None, None
+    last = STAGES.index(stage or "table")
+    if last <= STAGES.index("text"):
         return
 
     def phase_one():
-        head = stages.new_head(config, target, texts)
+        head = stages.copy_of(given, target) if given else stages.new_head(
+            config, target, texts if supervised is None else texts[supervised])
         return head, stages.train_head("head", config, target, head, texts, config.head_steps, 1.0,
-                                       config.head_batch, config.seed, out)
+                                       config.head_batch, config.seed, out, supervised=supervised)
 
-    head = load_or_make(out, "head", device, target, phase_one)
+    head = given if given and stage != "head" else head_in(out, "head", device, target, phase_one)
     if last == STAGES.index("head"):
         return
 
@@ -110,16 +134,18 @@ def main():
         def phase_two():
             student = stages.copy_of(head, target)
             return student, stages.train_head(f"gto-{seed}", config, target, student, texts, config.gto_steps,
-                                              config.gto_rate, config.gto_batch, seed, out, reference=head)
+                                              config.gto_rate, config.gto_batch, seed, out, reference=head,
+                                              supervised=supervised)
 
         def continuation():
             student, steps = stages.copy_of(head, target), report.matched_steps(out, config, seed)
             return student, stages.train_head(f"control-{seed}", config, target, student, texts, steps, config.gto_rate,
                                               config.head_batch, seed, out)
 
-        heads["GTO"].append(load_or_make(out, f"gto-{seed}", device, target, phase_two))
-        heads["control"].append(load_or_make(out, f"control-{seed}", device, target, continuation))
-    if last == STAGES.index("gto"):
+        heads["GTO"].append(head_in(out, f"gto-{seed}", device, target, phase_two))
+        if corpus:
+            heads["control"].append(head_in(out, f"control-{seed}", device, target, continuation))
+    if last == STAGES.index("gto") or not corpus or parallel.rank() > 0:
         return
     if device == "cuda":
         for method in heads.values():

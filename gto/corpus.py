@@ -94,13 +94,21 @@ def is_hidden(path):
 
 
 def render_chat(line, where):
-    """One line of a chat .jsonl as plain text, 'User: ...' and 'Assistant: ...'. Knows "text", "turns" (the user's),
-    "messages" [{role, content}] and ShareGPT's "conversations" [{from, value}]. `where` is for the error."""
+    """One line of a chat .jsonl as plain text, 'User: ...' and 'Assistant: ...'. `where` is for the error."""
     roles = {"human": "User", "gpt": "Assistant", "model": "Assistant"}
+    turns = read_turns(line, where)
+    if turns and turns[0][0] == "text":
+        return turns[0][1]
+    return "\n\n".join(f"{roles.get(role, role.capitalize())}: {text.strip()}" for role, text in turns) + "\n"
+
+
+def read_turns(line, where):
+    """One line of a chat .jsonl -> [(role, text)], roles as written. Knows "turns" (the user's), "messages"
+    [{role, content}], ShareGPT's "conversations" [{from, value}]; "text" has the role "text"."""
     try:
         record = json.loads(line)
         if isinstance(record.get("text"), str):
-            return record["text"]
+            return [("text", record["text"])]
         if "messages" in record:
             turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
         elif "conversations" in record:
@@ -109,7 +117,9 @@ def render_chat(line, where):
             turns = [("user", turn) for turn in record["turns"]]
         else:
             raise TypeError
-        return "\n\n".join(f"{roles.get(role, role.capitalize())}: {text.strip()}" for role, text in turns) + "\n"
+        if all(isinstance(part, str) for turn in turns for part in turn):
+            return turns
+        raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{where}: expected an object with "text", "turns", "messages" or "conversations"') from None
 

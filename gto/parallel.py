@@ -44,6 +44,17 @@ def average(tensors):
             raise lost(error) from None
 
 
+def exists(path):
+    """Whether a file is there, to all ranks as rank 0 finds it: one that looks later may see what was made since."""
+    found = [os.path.exists(path)]
+    if ranks() > 1:
+        try:
+            distributed.broadcast_object_list(found)
+        except RuntimeError as error:
+            raise lost(error) from None
+    return found[0]
+
+
 def wait():
     """Until all ranks are here."""
     if ranks() > 1:

@@ -85,7 +85,7 @@ def new_head(config, target, texts):
     t = target.config
     head = DraftHead(HeadConfig(
         vocab_size=t.vocab_size, draft_vocab_size=min(config.draft_vocab_size, t.vocab_size), target_dim=t.dim, dim=t.dim,
-        heads=t.heads, kv_heads=t.kv_heads, head_dim=t.head_dim, ffn_dim=config.head_ffn_dim, norm_eps=t.norm_eps,
+        heads=t.heads, kv_heads=t.kv_heads, head_dim=t.head_dim, ffn_dim=config.head_ffn_dim or t.ffn_dim, norm_eps=t.norm_eps,
         max_len=t.max_len), target).init_weights()
     frequency = torch.bincount(texts.flatten(), minlength=t.vocab_size)
     head.token_ids.copy_(frequency.argsort(descending=True, stable=True)[:len(head.token_ids)].sort().values)
