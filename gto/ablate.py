@@ -1,6 +1,6 @@
 """The paper's ablations in miniature, from one phase-I head: what does training for the tree bring, and why?
 
-    python -m gto.ablate                              the head in out/cpu, everything, about 40 minutes on two quiet cores
+    python -m gto.ablate                              the head in out/cpu, everything: 40 minutes on two quiet cores
     python -m gto.ablate --only ceilings              only what there is to gain at most: a minute or two
     python -m gto.ablate --only objectives --minutes 25 --name objectives
     python -m gto.ablate --only gto cut --seeds 5 --steps 100
@@ -30,7 +30,7 @@ from gto.ceilings import calibration, rerank_tau, self_tau
 from gto.config import Config
 from gto.data import ensure_data
 from gto.errors import UserError, main_guard
-from gto.fixed_text import tau, write
+from gto.fixed_text import every_other, tau, write
 from gto.trainer import append_log
 from gto.tree import TreeShape
 
@@ -103,7 +103,8 @@ def load(arguments):
     texts = checkpoint.read(source / "text.pt", "text")["tokens"]
     same = {"config": asdict(config), "head": hashlib.sha256((source / "head.pt").read_bytes()).hexdigest()}
     if (out / "setting.json").exists() and json.loads((out / "setting.json").read_text()) != same:
-        raise UserError(f"{out} holds results of another head.pt, config.json or --tree: choose another --name, or delete it")
+        raise UserError(f"{out} holds results of another head.pt, config.json or --tree: choose another --name,"
+                        " or delete it")
     out.mkdir(parents=True, exist_ok=True)
     (out / "setting.json").write_text(json.dumps(same, indent=1))
     if device == "cuda":
@@ -139,8 +140,8 @@ def train(setting, name, steps, seed, out):
     student, token = stages.copy_of(setting.head, setting.target), kind(name) == "token"
     # Trees of two heads and groups of positions are dear: GTO sees fewer sequences a step than the others.
     batch = config.gto_batch if kind(name) == "gto" else config.head_batch
-    seconds = stages.train_head(f"{name}-{seed}", config, setting.target, student, setting.texts, steps, config.gto_rate, batch,
-                                config.seed + seed, out, reference=None if token else setting.head)
+    seconds = stages.train_head(f"{name}-{seed}", config, setting.target, student, setting.texts, steps,
+                                config.gto_rate, batch, config.seed + seed, out, reference=None if token else setting.head)
     return student, seconds
 
 
@@ -165,12 +166,13 @@ def around(shape):
 
 
 def measure_ceilings(setting):
-    """The phase-I head next to what cannot be exceeded. -> record."""
+    """The phase-I head next to what cannot be exceeded, the latter on every other text: it is dear. -> record."""
     shape, record = TreeShape.parse(setting.config.tree), evaluate(setting, setting.head)
     for T, fixed in setting.test.items():
         entry, target, head = record[f"T={T:g}"], setting.target, setting.head
-        entry["rerank"] = rerank_tau(target, head, fixed, shape, entry["score_temp"], T).tolist()
-        entry["self"] = self_tau(target, fixed, shape, T or min(SCORE_TEMPS[T])).tolist()
+        some = every_other(fixed)
+        entry["rerank"] = rerank_tau(target, head, some, shape, entry["score_temp"], T).tolist()
+        entry["self"] = self_tau(target, some, shape, T or min(SCORE_TEMPS[T])).tolist()
         entry["calibration"] = {f"{s:g}": calibration(target, head, fixed, shape, s, T)
                                 for s in sorted({1.0, entry["score_temp"]})}
         new = [row[start:start + setting.config.eval_tokens] for row, start in
@@ -197,7 +199,8 @@ def plan(setting, names, arguments):
     path = setting.out / "plan.json"
     known = json.loads(path.read_text()) if path.exists() else {"pace": {}, "steps": arguments.steps}
     if path.exists() and arguments.steps not in (None, known["steps"]):
-        raise UserError(f"{setting.out} was begun with --steps {known['steps']}: leave --steps out, or choose another --name")
+        raise UserError(f"{setting.out} was begun with --steps {known['steps']}: leave --steps out, or choose another"
+                        " --name")
     missing = [k for k in dict.fromkeys(["gto", *map(kind, names)]) if k not in known["pace"]]
     if missing:
         known["pace"] |= measure_paces(setting, missing)
@@ -214,7 +217,7 @@ def plan(setting, names, arguments):
 
 
 def evaluation_seconds(known, names):
-    return known["evaluation"] * sum(2.5 if name in OTHER_TREES else 1 for name in names)
+    return known["evaluation"] * sum(3 if name in OTHER_TREES else 1 for name in names)
 
 
 def steps_of(known, name):
@@ -226,7 +229,7 @@ def minutes_of(known, names):
 
 
 def chosen(only):
-    """Names of recipes in order; a table's name stands for its runs. What all are compared with is always among them."""
+    """Names of recipes in order; a table's name stands for its runs. Those that all are compared with are added."""
     names = [name for item in only for name in (TABLES.get(item) or [item]) if name != "ceilings"]
     return [name for name in RECIPES if name in {*names, "control", "control-sharp", "gto"}] if names else []
 
@@ -243,8 +246,8 @@ def main(argv=None):
         return
     known, done = plan(setting, names, arguments), {(n, r["seed"]) for n, runs in results.items() for r in runs}
     # Table by table, and in it seed by seed: whenever it is stopped, what is there can be compared.
-    order = [(name, seed) for table in TABLES.values() for seed in range(arguments.seeds) for name in table if name in names]
-    order = [run for run in order if run not in done]
+    order = [(name, seed) for table in TABLES.values() for seed in range(arguments.seeds) for name in table
+             if name in names and (name, seed) not in done]
     print(f"\n{len(order)} runs to go, each as long as {known['steps']} steps of GTO: about"
           f" {minutes_of(known, [name for name, _ in order]):.0f} minutes.", flush=True)
     for i, (name, seed) in enumerate(order):

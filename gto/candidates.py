@@ -12,8 +12,8 @@ from gto.tree import ancestor_mask
 def path_log_prob(target, root, tokens, parents, prefix, shape, temperature):
     """Log-probability that the target, decoding at `temperature`, goes down the path to each candidate. -> [B, C].
 
-    root [B]; tokens, parents [B, C]; prefix: the target's, up to but not with the root. At T=0 it is 0 on the greedy path
-    and -inf off it. One target forward over the inner nodes, 1 + (levels - 1) * k of them: leaves need none.
+    root [B]; tokens, parents [B, C]; prefix: the target's, up to but not with the root. At T=0 it is 0 on the greedy
+    path and -inf off it. One target forward over the inner nodes, 1 + (levels - 1) * k of them: leaves need none.
     """
     B, k = len(root), shape.branch
     inner = parents[:, ::k]                                                           # [B, I] candidate index + 1

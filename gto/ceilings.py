@@ -46,7 +46,8 @@ def rerank_tau(target, head, fixed, shape, score_temp, temperature):
 
     def draft(rows, length):
         root = text.tokens[rows, length]
-        tokens, parents, _ = draft_candidates(head, hidden[rows, length - 1], Prefix(kv, length, rows), shape, score_temp)
+        tokens, parents, _ = draft_candidates(head, hidden[rows, length - 1], Prefix(kv, length, rows), shape,
+                                              score_temp)
         log_P = path_log_prob(target, root, tokens, parents, Prefix(text.kv, length, rows), shape, temperature)
         return rerank(root, tokens, parents, log_P, shape)
 
@@ -54,8 +55,8 @@ def rerank_tau(target, head, fixed, shape, score_temp, temperature):
 
 
 @torch.no_grad()
-def calibration(target, head, fixed, shape, score_temp, temperature, every=8):
-    """What the scores promise against what the target accepts, at every 8th place of the texts.
+def calibration(target, head, fixed, shape, score_temp, temperature, every=16):
+    """What the scores promise against what the target accepts, at every 16th place of the texts.
 
     Returns [(first rank, last rank, mean exp(score), mean probability that the node is accepted)].
     """

@@ -25,10 +25,11 @@ class FixedText(NamedTuple):
 
 
 def write(target, prompts, new_tokens, temperature, levels, seed=0):
-    """Let the target continue the prompts (lists of token ids) by `new_tokens`, and by what trees of `levels` look at."""
+    """Let the target continue the prompts (lists of token ids) by `new_tokens`, and what a tree of `levels` sees."""
     torch.manual_seed(seed)
     ahead = new_tokens + levels
-    engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts), capacity=max(map(len, prompts)) + ahead)
+    engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
+                    capacity=max(map(len, prompts)) + ahead)
     rows = [list(prompt) for prompt in prompts]
     for new in engine.generate(prompts, ahead):
         for row, tokens in zip(rows, new):
@@ -37,6 +38,14 @@ def write(target, prompts, new_tokens, temperature, levels, seed=0):
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=engine.device)
     start = torch.tensor([len(prompt) for prompt in prompts], device=engine.device)
     return FixedText(read(target, tokens), start, start + new_tokens - 1)
+
+
+def every_other(fixed):
+    """The texts 0, 2, 4, .."""
+    tokens, features, logits, (keys, values), supervised = fixed.text
+    kv = KV([k[::2] for k in keys], [v[::2] for v in values])
+    text = Text(tokens[::2], features[::2], logits[::2], kv, supervised[::2])
+    return FixedText(text, fixed.start[::2], fixed.stop[::2])
 
 
 @torch.no_grad()

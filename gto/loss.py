@@ -63,8 +63,8 @@ def surrogate(s, advantage, eps):
 # Beside GTO: objectives with a gradient of their own, minus an expected number of accepted drafts ------------------
 
 def chain_loss(log_q, labels, weight):
-    """"tv": drafts sampled along a chain. One is accepted with probability sum_x min(p(x), q(x)), which is 1 - TV(p, q),
-    and counts if all before it were. log_q, labels [B, R, J, V'], weight [B, R, J] as in `token_loss` -> scalar."""
+    """"tv": drafts sampled along a chain. One is accepted with probability sum_x min(p(x), q(x)) = 1 - TV(p, q) and
+    counts if all before it were. log_q, labels [B, R, J, V'], weight [B, R, J] as in `token_loss` -> scalar."""
     accepted = torch.minimum(labels, log_q.exp()).sum(-1) * weight                    # [B, R, J]
     return -accepted.cumprod(-1).sum(-1).mean()
 
@@ -77,7 +77,7 @@ def cut_loss(scores, P, nodes, width=0.5):
     scores, P [N, C]: a candidate's draft score s, with gradient, and the target's probability of its path -> scalar
     """
     s = scores.detach()
-    around = s.topk(nodes + 1, dim=1).values[:, -2:]                                  # the last one kept, the first dropped
+    around = s.topk(nodes + 1, dim=1).values[:, -2:]                                  # the last kept, the first dropped
     w = torch.sigmoid((s - around.mean(1, keepdim=True)) / width)
     slope = w * (1 - w) / width                                                       # dw / ds, at a fixed threshold
     baseline = (slope * P).sum(1, keepdim=True) / slope.sum(1, keepdim=True).clamp(min=1e-9)
@@ -85,10 +85,10 @@ def cut_loss(scores, P, nodes, width=0.5):
 
 
 def distill_loss(scores, P, parents):
-    """"distill": cross-entropy at every node that the tree really visits, weighted by the target's way of getting there.
+    """"distill": cross-entropy at every node that the tree really visits, weighted by the target's way there.
 
-    scores, P [N, C] as in `cut_loss`; parents [N, C] candidate index + 1, 0: the root. A child's score minus its parent's
-    is log M(child | path); its P is the parent's times T(child | path): the node's weight and the label at once.
+    scores, P [N, C] as in `cut_loss`; parents [N, C] candidate index + 1, 0: the root. A child's score minus its
+    parent's is log M(child | path); its P is the parent's times T(child | path): the node's weight and the label in one.
     """
     above = torch.nn.functional.pad(scores, (1, 0)).gather(1, parents)
     return -(P * (scores - above)).sum(1).mean()

@@ -1,4 +1,4 @@
-"""What phase II can train for besides Group Tree Optimization: the expected acceptance itself, on the tree's candidates."""
+"""What phase II can train for besides Group Tree Optimization: expected acceptance itself, on a tree's candidates."""
 import torch
 
 from gto.candidates import path_log_prob
@@ -24,7 +24,10 @@ def candidate_loss(config, target, head, text, roots, weight):
     P = path_log_prob(target, tokens[sequence, length], drafted, parents, Prefix(text.kv, length, sequence), shape,
                       temperature).exp()                                              # [N, C]
     weighted = P * weight[:, None] * len(weight)                                      # both losses are linear in P
-    loss = cut_loss(scores, weighted, shape.nodes) if config.objective == "cut" else distill_loss(scores, weighted, parents)
+    if config.objective == "cut":
+        loss = cut_loss(scores, weighted, shape.nodes)
+    else:
+        loss = distill_loss(scores, weighted, parents)
     kept = scores.detach().topk(shape.nodes, dim=1).indices
     return loss, {"expected": (P.gather(1, kept).sum(1) * weight).sum(),
                   "possible": (P.topk(shape.nodes, dim=1).values.sum(1) * weight).sum()}
