@@ -7,7 +7,7 @@
 
 Every run continues the same phase-I head for the same time: `steps` steps of GTO, or as many steps of another kind as
 take equally long on this machine. A finished run is a JSON line in out/cpu/<name>/<recipe>.jsonl and is not run again;
-the tables show what is there so far.
+the tables, also in table.md, show what is there so far.
 
 All heads draft along the same texts (gto/fixed_text.py), one per prompt and temperature, and differ in nothing else.
 Each uses its own best score temperature, chosen at T=0 and at T=1 on other held-out prompts than those reported.
@@ -257,9 +257,15 @@ def main(argv=None):
         append_log(setting.out / f"{name}.jsonl", seed=seed, steps=steps_of(known, name), seconds=seconds,
                    changes=RECIPES[name], **evaluate(setting, head, other_trees=name in OTHER_TREES))
         (setting.out / "training" / f"{name}-{seed}.partial.pt").unlink(missing_ok=True)
-    text = compare.tables(read_results(setting.out), {t: list(runs) for t, runs in TABLES.items()}, setting.config)
+        write_tables(setting)
+    print("\n" + write_tables(setting))
+
+
+def write_tables(setting):
+    """All tables that the finished runs allow, also in table.md. -> Markdown."""
+    text = compare.tables(read_results(setting.out), {title: list(runs) for title, runs in TABLES.items()}, setting.config)
     (setting.out / "table.md").write_text(text + "\n")
-    print("\n" + text)
+    return text
 
 
 if __name__ == "__main__":

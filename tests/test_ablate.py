@@ -281,10 +281,8 @@ def test_ablation_from_ceilings_to_tables(folder, capsys, monkeypatch):
         ablation(folder, *arguments)
     monkeypatch.setattr(ablate, "train", train)
     partial = ablate.read_results(folder / "out/ablate")
-    config = Config(**json.loads((folder / "out/config.json").read_text()))
-    names = {title: list(runs) for title, runs in ablate.TABLES.items()}
     assert [len(partial[name]) for name in ("control", "control-sharp", "gto", "cut")] == [1, 1, 1, 1]
-    assert "| cut | 1 |" in compare.tables(partial, names, config)
+    assert "| cut | 1 |" in (folder / "out/ablate/table.md").read_text()
 
     table = ablation(folder, *arguments)
     results = ablate.read_results(folder / "out/ablate")
