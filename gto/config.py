@@ -39,7 +39,7 @@ class Config:
     label_temperature: float = 1.0  # below 1: labels sharpened towards the target's arg-max
 
     # phase II: Group Tree Optimization
-    gto_steps: int = 40
+    gto_steps: int = 24
     gto_batch: int = 2             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     groups: int = 16               # K, per sequence
