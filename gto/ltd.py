@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from gto.adaptive import AdaptiveEngine
-from gto.engine import Engine
+from gto.engine import Engine, one_thread_on_cpu
 from gto.evaluate import paired, timed
 from gto.policy import Fixed, Learned, Space, mlp, observe, save_policy
 from gto.ppo import ppo
@@ -66,6 +66,7 @@ def part(recording, start, stop):
 def run(config, target, heads, corpus, out):
     """heads {name: (file, head)} -> Markdown, also in out/ltd.md; leaves out/policy-<file> for decode.py --adaptive."""
     device = target.norm.weight.device.type
+    one_thread_on_cpu(device)
     space, places = SPACES[device], config.eval_tokens
     training = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
     held_out = [corpus.encoding.encode_ordinary(text)[:PROMPT] for text in corpus.prompts(config.eval_prompts)]

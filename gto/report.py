@@ -4,7 +4,7 @@ import json
 import torch
 from tqdm import tqdm
 
-from gto.engine import Engine
+from gto.engine import Engine, one_thread_on_cpu
 from gto.evaluate import acceptance, paired, speeds
 from gto.trainer import append_log
 from gto.tree import TreeShape
@@ -80,10 +80,11 @@ def acceptance_table(config, target, heads, prompts, out):
 def speed_table(config, target, heads, prompts, out, count=5):
     """Batch 1, every method and tree in turn on the same prompts, so that they share the machine's good and bad moments."""
     tokens = config.eval_tokens
+    one_thread_on_cpu(target.norm.weight.device)
     shapes = [TreeShape.parse(text) for text in dict.fromkeys((*SPEED_TREES, config.tree))]
     lines = [f"Speed at batch 1, {count} prompts x {tokens} tokens, medians, prefill left out; plain decoding runs in the"
              " same engine.\n", "| T | | tokens/s | speed-up |", "|---|---|---|---|"]
-    for temperature in (0.0, 1.0):
+    for temperature in tqdm((0.0, 1.0), desc="speed", unit="temperature"):
         capacity = max(map(len, prompts)) + tokens + 16
         engines = {"plain": Engine(target, None, None, Sampling(temperature), capacity=capacity)}
         for method in ("control", "GTO"):
