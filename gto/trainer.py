@@ -27,7 +27,7 @@ def learning_rate(step, steps, warmup):
 
 def train(name, model, optimizers, loss_of, steps, out, warmup=20, clip=1.0, device="cpu", autocast=None, every=200,
           accumulate=1):
-    """Run `steps` optimiser steps and leave the finished model at out/name.pt... a finished stage is never run again.
+    """Run `steps` optimiser steps; what an interrupted run needs to go on is kept in out/name.partial.pt.
 
     loss_of(part) -> (loss, {figure: value}); a step takes the mean over its `accumulate` parts, numbered on through the
     training, and over the ranks of a torchrun. It must be a pure function of `part`, the rank and the model, its
