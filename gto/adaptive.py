@@ -36,7 +36,7 @@ class AdaptiveEngine(Engine):
         self.decisions.append((len(draft.scores), nodes, seen))
         return trim(self, draft, root, nodes)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def launch(self):
         """Never one graph: what a cycle does depends on what it finds."""
         self.cycle()

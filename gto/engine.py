@@ -44,7 +44,7 @@ class Engine:
                               torch.ones(batch, 1, 1, dtype=torch.bool, device=self.device),
                               *(torch.zeros(batch, 1, dtype=torch.long, device=self.device) for _ in range(2)))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, prompts):
         """prompts: B lists of token ids. Fills both caches and returns the first token of each sequence, [B]."""
         if len(prompts) != self.batch:
@@ -127,7 +127,7 @@ class Engine:
         with torch.cuda.graph(self.graph):
             self.cycle()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def launch(self):
         """Queue one cycle and the copy of what it emits to the host; `collect` waits for that copy."""
         if self.device.type != "cuda":
