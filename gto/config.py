@@ -19,7 +19,7 @@ class Config:
     kv_heads: int = 2
     head_dim: int = 32
     ffn_dim: int = 384
-    target_steps: int = 900
+    target_steps: int = 1000
     target_batch: int = 4
     muon_lr: float = 0.02          # hidden matrices, of target and head
     adam_lr: float = 3e-2          # embedding and norms: at small rates the tied embedding is what learns too slowly
@@ -33,7 +33,7 @@ class Config:
     head_ffn_dim: int = 384        # 0: the target's
     draft_vocab_size: int = 2048
     unroll: int = 4                # steps of the training-time test behind the first
-    head_steps: int = 600
+    head_steps: int = 400
     head_batch: int = 4
     head_lr: float = 3e-3          # of AdamW; the head's hidden matrices learn at muon_lr
     label_temperature: float = 1.0  # below 1: labels sharpened towards the target's arg-max
@@ -63,7 +63,7 @@ class Config:
 
     # evaluation
     eval_prompts: int = 64
-    eval_tokens: int = 96
+    eval_tokens: int = 128
     seed: int = 1337
 
 
