@@ -5,6 +5,7 @@
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
     python decode.py --prompt "class Queue:" --adaptive      depth and size chosen anew in every cycle
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
+    torchrun --nproc_per_node=2 decode.py --target Llama-3.3-70B-Instruct ...      the target split over two GPUs
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain.
 """
@@ -16,9 +17,9 @@ from pathlib import Path
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto import chat
+from gto import chat, parallel
 from gto.adaptive import AdaptiveEngine
-from gto.engine import Engine
+from gto.engine import Engine, one_thread_on_cpu
 from gto.errors import UserError, main_guard
 from gto.evaluate import synchronize
 from gto.load import load_head, load_target
@@ -82,11 +83,13 @@ def main():
     if arguments.max_new_tokens < 1:
         raise UserError("--max-new-tokens must be at least 1")
     torch.manual_seed(arguments.seed)
+    one_thread_on_cpu(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     shape = TreeShape.parse(arguments.tree or "1,5,5")
     if not arguments.prompt:
         raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
-    target = load_target(arguments.target, arguments.device)
+    parallel.start(arguments.device)
+    target = load_target(arguments.target, arguments.device, ranks="split" if parallel.ranks() > 1 else None)
     head = load_head(arguments.head, target)
     if arguments.device == "cuda":
         cast(target, torch.bfloat16), cast(head, torch.bfloat16)
@@ -102,15 +105,16 @@ def main():
         print(arguments.prompt, end="", flush=True)
     tokens, cycles, seconds = decode(engine, encoding, prompt, arguments.max_new_tokens, stop, show=True)
     rate = (len(tokens) - 1) / max(seconds, 1e-9)
+    figures = sys.stderr if parallel.rank() == 0 else sys.stdout                      # which is silent on the others
     print(f"\n\n{len(tokens)} tokens in {cycles} cycles, {(len(tokens) - 1) / max(cycles, 1):.2f} a cycle (tau),"
-          f" {rate:.0f} tokens/s", file=sys.stderr)
+          f" {rate:.0f} tokens/s", file=figures)
     if arguments.compare:
         torch.manual_seed(arguments.seed)
         plain, _, seconds = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt,
                                    arguments.max_new_tokens, stop, show=False)
         plain_rate = (len(plain) - 1) / max(seconds, 1e-9)
         same = "" if sampling.temperature else "the same tokens, " if plain == tokens else "DIFFERENT tokens, "
-        print(f"plain decoding: {same}{plain_rate:.0f} tokens/s; speed-up {rate / plain_rate:.2f}", file=sys.stderr)
+        print(f"plain decoding: {same}{plain_rate:.0f} tokens/s; speed-up {rate / plain_rate:.2f}", file=figures)
 
 
 if __name__ == "__main__":

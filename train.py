@@ -61,8 +61,8 @@ def parse_arguments():
     if not real and (arguments["head"] or arguments["tokenizer"] or arguments["spread"]):
         raise UserError("--head, --tokenizer and --spread are for a released target: add --target FOLDER")
     if real and arguments["stage"] in ("table", "ltd"):
-        raise UserError(f"--stage {arguments['stage']} is for the target trained here: compare heads of a released one with"
-                        f" python -m gto.bench")
+        raise UserError(f"--stage {arguments['stage']} is for the target trained here: compare heads of a released one"
+                        f" with python -m gto.bench")
     arguments["preset"] = arguments["preset"] or ("real" if real else "cpu")
     return arguments, configs.preset(arguments["preset"], **changes)
 
@@ -71,8 +71,9 @@ def released_target(arguments, config, out, device):
     """A downloaded target, its tokenised conversations, and the head to start from, if one is given."""
     remember_config(out, config, target=Path(arguments["target"]).name, data=Path(arguments["data"]).name)
     encoding = load_encoding(arguments["tokenizer"] or arguments["target"])
-    texts, supervised = texts_in(out, lambda: encode_conversations(arguments["data"], encoding, config.length, config.unroll))
-    target = load_target(arguments["target"], device, spread=arguments["spread"])
+    texts, supervised = texts_in(out, lambda: encode_conversations(arguments["data"], encoding, config.length,
+                                                                   room=config.unroll))
+    target = load_target(arguments["target"], device, ranks="gather" if arguments["spread"] else None)
     given = load_head(arguments["head"], target, torch.float32) if arguments["head"] else None
     return target, texts, supervised, given
 

@@ -4,6 +4,7 @@
     python -m gto.bench --head eagle=PATH --head gto=PATH --tree 8,5,24 --temperature 0 1
     python -m gto.bench --target LLAMA --tokenizer LLAMA --chat --head EAGLE3 --tree 10,8,59 \\
         --prompts mt_bench/question.jsonl --limit 0 --max-new-tokens 512         the protocol of EAGLE's tables
+    torchrun --nproc_per_node=2 -m gto.bench --target ...      a target split over two GPUs
     python -m gto.bench --shape llama-3.1-8b                   how far a cycle is from the hardware's limit (GPU)
 
 All methods run in the same engine, prompt by prompt in turn, after one prompt of warm-up, batch 1, prefill left out.
@@ -19,10 +20,10 @@ import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 from tqdm import tqdm
 
-from gto import chat, plot, roofline
+from gto import chat, parallel, plot, roofline
 from gto.data import read_prompts, write_text
 from gto.diagnose import dissect, halves
-from gto.engine import Engine, cut
+from gto.engine import Engine, cut, one_thread_on_cpu
 from gto.errors import UserError, main_guard
 from gto.evaluate import timed
 from gto.load import load_head, load_target
@@ -179,7 +180,8 @@ def benchmark(target, heads, trees, encoding, questions, arguments):
               "torch": torch.__version__, "dtype": str(target.norm.weight.dtype).removeprefix("torch."),
               "questions": len(questions), "answers": sum(map(len, questions)), "max_new_tokens": new_tokens,
               "chat": template, "seed": arguments.seed, "rows": [], "divergences": []}
-    with tqdm(total=len(temperatures) * len(methods) * (report["answers"] + 1), desc="bench", unit="run") as bar:
+    with tqdm(total=len(temperatures) * len(methods) * (report["answers"] + 1), desc="bench", unit="run",
+              disable=parallel.rank() > 0) as bar:
         for temperature in temperatures:
             torch.manual_seed(arguments.seed)
             engines = {name: Engine(target, head, tree, Sampling(temperature), capacity=capacity)
@@ -216,7 +218,7 @@ def load(arguments):
     questions = read_prompts(arguments.prompts or Path(arguments.tokenizer) / "prompts.jsonl", arguments.limit or None)
     on_gpu = torch.device(arguments.device).type == "cuda"
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
-    target = load_target(arguments.target, arguments.device, dtype)
+    target = load_target(arguments.target, arguments.device, dtype, ranks="split" if parallel.ranks() > 1 else None)
     if encoding.n_vocab > target.config.vocab_size:
         raise UserError(f"the tokenizer has {encoding.n_vocab} tokens, target {target.config.vocab_size}: they do not "
                         "belong together; choose another --tokenizer")
@@ -238,15 +240,17 @@ def shape_report(arguments):
 
 def main(argv=None):
     arguments = parse_arguments(argv)
+    parallel.start(arguments.device)
+    one_thread_on_cpu(arguments.device)
     if arguments.shape:
         report = shape_report(arguments)
     else:
         report = benchmark(*load(arguments), arguments)
         print(tables(report))
-        if arguments.plot:
+        if arguments.plot and parallel.rank() == 0:
             plot.draw(report, arguments.plot)
     line = json.dumps(report)
-    if arguments.json:
+    if arguments.json and parallel.rank() == 0:
         write_text(arguments.json, line + "\n")
     print(line)
 

@@ -43,8 +43,8 @@ def in_order(turns):
 
 
 def encode_conversations(path, encoding, length, room):
-    """All conversations, cut to `length` tokens and padded on the right, with `room` to spare: {"tokens" [n, length + room]
-    int32, "supervised" [n, length + room] bool: written by the assistant, its end token included}.
+    """All conversations, cut to `length` tokens and padded on the right, with `room` to spare, as
+    {"tokens" [n, length + room] int32, "supervised" [n, length + room] bool: by the assistant, its end token included}.
     """
     template = chat.guess_template(encoding)
     tokens, supervised, read = [], [], read_conversations(path)

@@ -19,7 +19,8 @@ def remember_config(out, config, **inputs):
             before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
             changed = [name for name, value in now.items() if before[name] != value]
             if changed:
-                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out, or delete it")
+                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out, or delete"
+                                f" it")
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=1))
     parallel.wait()

@@ -17,17 +17,19 @@ from gto.layouts import EAGLE, HUGGING_FACE, META, eagle_config, hugging_face_co
 from gto.model import Target, cast, rotary_frequencies
 
 
-def load_target(path, device="cpu", dtype=None, spread=False):
+def load_target(path, device="cpu", dtype=None, ranks=None):
     """A frozen target.
 
     path     a folder as downloaded: config.json with *.safetensors or *.bin (Llama, Qwen3), or params.json with
              consolidated.*.pth (Meta's Llamas); or a checkpoint *.pt of train.py
     dtype    None: a *.pt as it was saved, downloads in bfloat16 on a GPU and float32 on a CPU, where bfloat16 crawls
-    spread   a download's layers over the ranks of torchrun, see gto.parallel
+    ranks    under torchrun, "gather" or "split" gives each rank a part of a download: see gto.parallel
     UserError for a file that is missing, cut short, of another architecture, or whose tensors do not fit its config.
     """
     path = Path(path)
     if path.suffix == ".pt":
+        if ranks:
+            raise UserError(f"{path} fits one GPU: only a download is divided among several")
         target = checkpoint.load_target(path, device)
         return target if dtype is None else cast(target, dtype)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
@@ -41,10 +43,13 @@ def load_target(path, device="cpu", dtype=None, spread=False):
         raise UserError(f"no target at {path}: give a checkpoint *.pt, or a folder with config.json (Hugging Face) or "
                         f"params.json (Meta) beside the weights")
     with torch.device("meta"):
-        target = Target(config)
-    if spread:
-        parallel.spread(target)
-    fill(target, layout, tensors, path, device, dtype)
+        whole = Target(config)
+        target = Target(parallel.split(config)) if ranks == "split" else whole
+    if ranks == "gather":
+        parallel.gather(target)
+    fill(target, layout, tensors, path, device, dtype, whole)
+    if ranks == "split":
+        parallel.add_up(target)
     if config.tied:
         target.unembed.weight = target.embed.weight
     return target.eval().requires_grad_(False)
@@ -136,22 +141,25 @@ def draft_token_ids(path, tensors, config):
     return ids
 
 
-def fill(model, layout, tensors, path, device, dtype):
-    """Give a module on the meta device its tensors. Tied parameters are listed once, and filled once."""
-    parameters = dict(model.named_parameters())
-    wanted = {name: (parameter.shape, pieces(model.config, layout, name, parameter.shape))
-              for name, parameter in parameters.items()}
+def fill(model, layout, tensors, path, device, dtype, whole=None):
+    """Give a module on the meta device its tensors. Tied parameters are listed once, and filled once.
+
+    whole: what the files hold, if the model is this rank's part of it.
+    """
+    config = (whole or model).config
+    wanted = {name: (parameter.shape, pieces(config, layout, name, parameter.shape))
+              for name, parameter in (whole or model).named_parameters()}
     check(wanted, tensors, path)
     size = sum(prod(shape) for shape, _ in wanted.values()) * dtype.itemsize
     filled = {}
     with tqdm(total=size, desc=f"load {path.name}", unit="B", unit_scale=True, disable=parallel.rank() > 0 or None,
               leave=False) as bar:
         for name, (shape, parts) in wanted.items():
-            whole = torch.empty(shape, dtype=dtype, device="cpu" if parallel.is_spread(parameters[name]) else device)
-            for rows, (source, part) in zip(whole.split([shape[0] for _, shape in parts]), parts):
-                copy(rows, tensors[source], part, model.config, rotary=source.endswith(("wq.weight", "wk.weight")))
-            bar.update(whole.nbytes)
-            filled[name] = parallel.own_part(whole, parameters[name])
+            weight = torch.empty(shape, dtype=dtype, device=device if parallel.ranks() == 1 else "cpu")
+            for rows, (source, part) in zip(weight.split([shape[0] for _, shape in parts]), parts):
+                copy(rows, tensors[source], part, config, rotary=source.endswith(("wq.weight", "wk.weight")))
+            bar.update(weight.nbytes)
+            filled[name] = parallel.own_part(name, weight, model.get_parameter(name), config).to(device)
     model.load_state_dict(filled, strict=False, assign=True)
     # Not a parameter, and float32 whatever the weights are.
     model.frequencies = rotary_frequencies(model.config).to(device)

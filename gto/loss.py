@@ -23,7 +23,7 @@ def token_loss(log_q, labels, weight, total=None, decay=0.8):
 
     log_q, labels  [B, R, J, V'] over the draft vocabulary, at step j of the unroll
     weight         [B, R, J]     1 where supervised, 0 elsewhere: the mean is over supervised places only
-    total          [J]           what to divide by instead, if this is a part of a batch: its parts' mean count of places
+    total          [J]           what to divide by instead, if this is a part of a batch: its parts' mean count
     decay                        weight of step j is decay ** j, as in EAGLE-3's code
     """
     cross_entropy = -(labels * log_q).sum(-1) * weight                                # [B, R, J]

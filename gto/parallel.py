@@ -1,11 +1,15 @@
-"""Several processes, one training: torchrun --nproc_per_node=N train.py ...
+"""Several processes, started by torchrun, one on each GPU (a rank).
 
-Data parallel: every process (rank) holds the head, computes the gradient of its own rows of the batch, and all take the
-same step with the average. A frozen target that is too large for one GPU is spread over the ranks by FSDP2. What is
-written, rank 0 writes.
+Training is data parallel: every rank has the head, computes the gradient of its own rows of the batch, and all take the
+same step with the average. A frozen target that is too large for one GPU is "gathered" layer by layer (FSDP2), because
+the ranks read different texts. In decoding they work on the same tokens: there the target is "split", 1/N of the heads
+and of the feed-forward width to each rank (tensor parallel), so that each reads only 1/N of the weights. What is
+written and printed, rank 0 writes and prints.
 """
 import atexit
 import os
+import sys
+from dataclasses import replace
 
 import torch
 from torch import distributed
@@ -25,12 +29,17 @@ def ranks():
 def start(device):
     """Join the other processes that torchrun started, each on a GPU of its own. Without torchrun nothing happens."""
     if distributed.is_torchelastic_launched():
+        # Now, because its default arguments are the group there is at import. They would keep it alive, and gloo's
+        # threads with it, till after the interpreter, which aborts if one of them is still busy.
+        import torch.distributed.nn.functional  # noqa: F401
         if device == "cuda":
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                      # from here on "cuda" is this one
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
 
 
 def average(tensors):
@@ -65,11 +74,13 @@ def wait():
 
 
 def lost(error):
-    return UserError(f"rank {rank()} has lost another process of this training ({str(error).splitlines()[0][:100]}): look "
+    return UserError(f"rank {rank()} has lost another process of this run ({str(error).splitlines()[0][:100]}): look "
                      f"for that one's message, then start the same command again, it goes on from the last checkpoint")
 
 
-def spread(target):
+# A target over all ranks -----------------------------------------------------------------------------------------
+
+def gather(target):
     """Leave on each rank 1/N of the target's layers (FSDP2); one's weights are gathered when it runs, then dropped.
 
     target: on the meta device; gto.load then gives each rank its part, so that the whole is never on one GPU.
@@ -81,16 +92,33 @@ def spread(target):
     target.requires_grad_(False)
     for block in target.blocks:
         fully_shard(block.attn, mesh=mesh), fully_shard(block.ffn, mesh=mesh)
-    fully_shard(target, mesh=mesh, ignored_params={p for p in target.parameters() if not is_spread(p)})
+    fully_shard(target, mesh=mesh, ignored_params={p for p in target.parameters() if not hasattr(p, "device_mesh")})
 
 
-def is_spread(parameter):
-    return hasattr(parameter, "device_mesh")
+def split(config):
+    """The numbers of one rank's share of a target: 1/N of the heads and of the feed-forward width."""
+    widths = {name: getattr(config, name) for name in ("heads", "kv_heads", "ffn_dim")}
+    if any(width % ranks() for width in widths.values()):
+        raise UserError(f"{widths} cannot be divided among {ranks()} processes: choose another --nproc_per_node")
+    return replace(config, **{name: width // ranks() for name, width in widths.items()})
 
 
-def own_part(whole, parameter):
-    """What this rank keeps of a weight that stands for `parameter` of a module that may be spread."""
-    if not is_spread(parameter):
+def add_up(target):
+    """Let a split target's ranks add up what their shares of a layer put out. Each then goes on with the same sum."""
+    for block in target.blocks:
+        for layer in block.attn.out, block.ffn.down:
+            layer.register_forward_hook(lambda layer, inputs, output: distributed.all_reduce(output))   # in place
+
+
+def own_part(name, whole, parameter, config):
+    """What this rank keeps of the target's weight `name`, to stand for `parameter`; config: the whole target's."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)   # no message
+    if parameter.shape == whole.shape:
         return whole
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)  # no message sent
+    if name.endswith(("out.weight", "down.weight")):                                  # its inputs are split
+        return whole.chunk(ranks(), dim=1)[rank()].contiguous()
+    H, G, D = config.heads, config.kv_heads, config.head_dim
+    parts = whole.split([H * D, G * D, G * D]) if name.endswith("qkv.weight") else whole.chunk(2)
+    return torch.cat([part.chunk(ranks())[rank()] for part in parts])

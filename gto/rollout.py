@@ -43,7 +43,8 @@ def sample_groups(supervised, groups, size, levels, generator):
     A root slot r has its root token at r + 1. It and the next token are supervised; behind it the text still holds
     `levels` tokens.
     """
-    roots, real = torch.zeros(len(supervised), groups, size, dtype=torch.long), torch.zeros(len(supervised), groups).bool()
+    roots = torch.zeros(len(supervised), groups, size, dtype=torch.long)
+    real = torch.zeros(len(supervised), groups, dtype=torch.bool)
     usable = (supervised[:, 1:-1] & supervised[:, 2:])[:, :max(supervised.shape[1] - 1 - levels, 0)]   # [B, slots]
     for b, row in enumerate(usable):
         offset = int(torch.randint(max(min(size, len(row)), 1), (1,), generator=generator))

@@ -84,9 +84,9 @@ def new_head(config, target, texts):
     torch.manual_seed(config.seed)
     t = target.config
     head = DraftHead(HeadConfig(
-        vocab_size=t.vocab_size, draft_vocab_size=min(config.draft_vocab_size, t.vocab_size), target_dim=t.dim, dim=t.dim,
-        heads=t.heads, kv_heads=t.kv_heads, head_dim=t.head_dim, ffn_dim=config.head_ffn_dim or t.ffn_dim, norm_eps=t.norm_eps,
-        max_len=t.max_len), target).init_weights()
+        vocab_size=t.vocab_size, draft_vocab_size=min(config.draft_vocab_size, t.vocab_size), target_dim=t.dim,
+        dim=t.dim, heads=t.heads, kv_heads=t.kv_heads, head_dim=t.head_dim, ffn_dim=config.head_ffn_dim or t.ffn_dim,
+        norm_eps=t.norm_eps, max_len=t.max_len), target).init_weights()
     frequency = torch.bincount(texts.flatten(), minlength=t.vocab_size)
     head.token_ids.copy_(frequency.argsort(descending=True, stable=True)[:len(head.token_ids)].sort().values)
     return head.to(target.norm.weight.device)
@@ -113,7 +113,7 @@ def learnt_places(supervised, unroll):
     """Which steps of which chains are learnt, [B, T] -> [B, R, J+1] bool: the root and all tokens from it to the
     predicted one are supervised. So it is in decoding, where a draft never begins in a question."""
     slots = torch.arange(supervised.shape[1] - unroll - 2, device=supervised.device)
-    chain = supervised[:, slots[:, None] + torch.arange(1, unroll + 3, device=slots.device)]   # [B, R, J+2] with the root
+    chain = supervised[:, slots[:, None] + torch.arange(1, unroll + 3, device=slots.device)]  # [B, R, J+2], with root
     return chain.cumprod(-1)[..., 1:].bool()
 
 
@@ -188,7 +188,7 @@ def group_loss(config, target, head, reference, text, roots, weight):
     reward = debias(trees.reward, reference_trees.reward) if config.debias else trees.reward
     advantage = advantages(reward.view(in_groups), config.delta)                      # [B, K, m]
     s = ratio(log_q, reference_log_q, trees.length).view(in_groups)
-    weight = weight[..., None] * weight.numel()                                       # `surrogate` is a mean, linear in A
+    weight = weight[..., None] * weight.numel()                                       # `surrogate` is linear in A
     return surrogate(s, advantage * weight, config.eps), {
         figure: (value.view(in_groups) * weight).mean()
         for figure, value in {"reward": trees.reward, "gain": reward, "accepted": trees.length}.items()}

@@ -43,7 +43,7 @@ def train(name, model, optimizers, loss_of, steps, out, warmup=20, clip=1.0, dev
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         except Exception as error:
-            raise UserError(f"cannot resume from {partial} ({type(error).__name__}): delete it to start this stage anew")
+            raise UserError(f"cannot resume from {partial} ({type(error).__name__}): delete it to start the stage anew")
         start, seconds = state["step"], state["seconds"]
         del state
     peaks = [[group.setdefault("peak", group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers]

@@ -36,13 +36,13 @@ def talk(*turns):
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """A folder with a random target as downloaded, and conversations: a token is a byte, or a special token of Llama 3."""
+    """A folder with a random target as downloaded, and conversations: a token is a byte, or one of Llama 3's special."""
     folder = tmp_path_factory.mktemp("release")
     config = ModelConfig(vocab_size=512, layers=3, dim=24, heads=4, kv_heads=2, head_dim=6, ffn_dim=32, tied=False)
     write_release(folder / "Llama", *hugging_face_release(randomize(Target(config))))
     save_ranks(folder / "Llama/tokenizer.model", {bytes([i]): i for i in range(256)})
-    talks = [talk(f"What is {i} + {i}?" + " Say it at length." * (i % 3), f"It is {2 * i}. " + "Really. " * i, "Sure?", "Yes.")
-             for i in range(8)]
+    talks = [talk(f"What is {i} + {i}?" + " Say it at length." * (i % 3), f"It is {2 * i}. " + "Really. " * i, "Sure?",
+                  "Yes.") for i in range(8)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in talks))
     return folder
 
@@ -53,7 +53,8 @@ def test_what_is_learnt_is_what_the_assistant_wrote(release, tmp_path):
     encoding = load_encoding(release / "Llama")
     file = tmp_path / "chat.jsonl"
     file.write_text("\n".join(map(json.dumps, [
-        {"messages": [{"role": "system", "content": "Be brief."}, *talk("Hi", "Hello!", "Bye", " Goodbye. ")["messages"]]},
+        {"messages": [{"role": "system", "content": "Be brief."},
+                      *talk("Hi", "Hello!", "Bye", " Goodbye. ")["messages"]]},
         {"conversations": [{"from": "gpt", "value": "left over"}, {"from": "human", "value": "Hi"},
                            {"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "Bye"},
                            {"from": "human", "value": "Hello?"}]},
@@ -170,8 +171,8 @@ def trained(release):
 def test_train_a_released_target_then_decode(trained, capsys):
     files = {p.name for p in (trained / "one").iterdir()}
     assert files == {"config.json", "log.jsonl", "text.pt", "head.pt", "gto-1337.pt"}
-    run(decode, "--target", "Llama", "--head", "one/gto-1337.pt", "--chat", "--prompt", "What is 2 + 2?", "--tree", "3,3,8",
-        "--max-new-tokens", 12, "--compare", cwd=trained)
+    run(decode, "--target", "Llama", "--head", "one/gto-1337.pt", "--chat", "--prompt", "What is 2 + 2?", "--tree",
+        "3,3,8", "--max-new-tokens", 12, "--compare", cwd=trained)
     assert "the same tokens" in capsys.readouterr().err
 
 
@@ -208,6 +209,16 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(release):
     assert [line["step"] for line in records(release / "killed", "head")[before:]] == [210, 220, 230]
 
 
+def test_decoding_with_a_split_target_gives_the_same_text(trained, capsys):
+    arguments = ["--target", "Llama", "--head", "one/gto-1337.pt", "--chat", "--prompt", "Hi", "--tree", "3,3,8",
+                 "--max-new-tokens", 24]
+    run(decode, *arguments, cwd=trained)
+    result = subprocess.run(torchrun(ROOT / "decode.py", *arguments), cwd=trained, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.decode() == capsys.readouterr().out and len(result.stdout) > 10
+    assert result.stderr.count(b"tokens/s") == 1
+
+
 @pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs the peers' files in ../shared/goldens")
 def test_gto_from_a_published_head(release, tmp_path, capsys):
     pytest.importorskip("safetensors")
@@ -215,8 +226,8 @@ def test_gto_from_a_published_head(release, tmp_path, capsys):
     run(train, "--target", target, "--head", GOLDENS / "eagle_head_narrow", "--data", release / "chat.jsonl", *TINY,
         "--gto-steps", 2, "--out", "out", cwd=tmp_path)
     assert not (tmp_path / "out/head.pt").exists()
-    run(decode, "--target", target, "--head", "out/gto-1337.pt", "--chat", "--prompt", "Who are you?", "--max-new-tokens", 12,
-        "--compare", cwd=tmp_path)
+    run(decode, "--target", target, "--head", "out/gto-1337.pt", "--chat", "--prompt", "Who are you?",
+        "--max-new-tokens", 12, "--compare", cwd=tmp_path)
     assert "the same tokens" in capsys.readouterr().err
 
 
