@@ -1,6 +1,6 @@
 """From nothing to the paper's comparison: data, target, draft head, its continuation, GTO, a table.
 
-    python train.py                      everything, about ten minutes on two CPU cores
+    python train.py                      everything, about a quarter of an hour on two CPU cores
     python train.py --preset gpu         a larger target on one GPU, about 25 minutes
     python train.py --stage head         one stage (earlier ones must be finished)
     python train.py --stage ltd          not part of "everything": policies that choose a draft's depth and size
@@ -81,7 +81,7 @@ def released_target(arguments, config, out, device):
 def own_target(arguments, config, out, device):
     """The corpus, the target trained on it and, unless the stage is "target", the texts that it writes."""
     if arguments["stage"] is None and arguments["preset"] == "cpu" and not (out / "target.pt").exists():
-        print("About ten minutes on two quiet cores: target 4, its text 1, head 1.5, GTO and control 2.5, table 1.", flush=True)
+        print("About a quarter of an hour on two cores: target 4 to 6 minutes, its text 0.5, head 2, GTO and control 2.5, tables 4.", flush=True)
     name = arguments["data"] or f"data/{config.dataset}"
     sizes = () if arguments["data"] else (config.dataset, config.vocab_size)         # a named one is what it is
     if parallel.rank() == 0:

@@ -68,7 +68,7 @@ class Config:
 
 
 PRESETS = {
-    "cpu": Config(),               # ten minutes on two cores
+    "cpu": Config(),               # a quarter of an hour on two cores
     "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
                   ffn_dim=2048, target_steps=3500, target_batch=128, muon_lr=0.02, adam_lr=3e-3, texts=8192, text_batch=512,
                   head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, gto_steps=400,
