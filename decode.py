@@ -38,7 +38,7 @@ def parse_arguments():
     parser.add_argument("--head", default="out/cpu/gto-1337.pt", help="ours, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder; data/stdlib for a target trained here")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", help="children,levels,nodes; 1,n,n is a chain (default: 1,5,5)")
+    parser.add_argument("--tree", help="children,levels,nodes; 1,n,n is a chain (default: 2,2,3, good on a CPU)")
     parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
                         " default: the one that python train.py --stage ltd left for the head")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -85,7 +85,7 @@ def main():
     torch.manual_seed(arguments.seed)
     one_thread_on_cpu(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    shape = TreeShape.parse(arguments.tree or "1,5,5")
+    shape = TreeShape.parse(arguments.tree or "2,2,3")
     if not arguments.prompt:
         raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
     parallel.start(arguments.device)

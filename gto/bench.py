@@ -33,7 +33,7 @@ from gto.tree import TreeShape
 from gto.verify import Sampling
 
 HEADS = ("control=out/cpu/control-1337.pt", "gto=out/cpu/gto-1337.pt")
-TREES = ("1,5,5", "8,5,24")
+TREES = ("2,2,3", "8,5,24")
 
 
 def parse_arguments(argv):

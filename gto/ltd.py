@@ -25,7 +25,7 @@ TRAIN, VALIDATE, PROMPT = 64, 16, 64      # training texts to record, texts to c
 STEPS, ROUNDS = 30_000, 2                 # of each policy in each round; the paper trains 1.1 M steps
 GAMMA = {"depth": 0.999, "size": 0.9}     # the paper's; a size is the only decision of its episode
 LIVE = 8                                  # held-out prompts decoded for the clock; all of them are replayed
-DEFAULT_TREE = "1,5,5"                    # decode.py's
+DEFAULT_TREE = "2,2,3"                    # decode.py's
 
 
 def learn(recording, costs, space, hidden, rate, seed, progress=lambda updates: updates):
