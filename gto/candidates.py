@@ -20,7 +20,7 @@ def path_log_prob(target, root, tokens, parents, prefix, shape, temperature):
     inner_parents = ((inner - 1) // k).clamp(min=0)                                   # [B, I] index among inner nodes
     inner_tokens = torch.cat([root[:, None], tokens], dim=1).gather(1, inner)
     mask = ancestor_mask(inner_parents, shape.levels)                                 # [B, I, I]
-    hidden, *_ = target(inner_tokens, prefix.length[:, None] + mask.sum(-1) - 1, mask, prefix)
+    hidden, *_ = target(inner_tokens, prefix.length[:, None] + mask.sum(-1) - 1, mask, prefix, keep_kv=False)
     logits = target.logits(hidden).float()                                            # [B, I, V]
     children = tokens.view(B, -1, k)                                                  # [B, I, k]
     if temperature == 0:

@@ -191,11 +191,11 @@ class Target(nn.Module):
         angles = positions[..., None].float() * self.frequencies
         return angles.cos(), angles.sin()
 
-    def forward(self, tokens, positions=None, mask=None, prefix=None):
+    def forward(self, tokens, positions=None, mask=None, prefix=None, keep_kv=True):
         """tokens [B, N]; without a prefix they are a causal sequence, else nodes at `positions` under `mask` [B, N, N].
 
         Returns hidden [B, N, dim], normed, for `logits`; features [B, N, 3 * dim], the inputs of the tapped layers;
-                keys, values: per layer [B, kv_heads, N, D].
+                keys, values: per layer [B, kv_heads, N, D]; with keep_kv False empty lists, which saves gigabytes.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -209,7 +209,8 @@ class Target(nn.Module):
             delta, k, v = block.attn(normed, cos, sin, mask, prefix, layer=i)
             x, normed = block.ffn_norm(x, delta)
             delta = block.ffn(normed)
-            keys.append(k), values.append(v)
+            if keep_kv:
+                keys.append(k), values.append(v)
         _, hidden = self.norm(x, delta)
         return hidden, torch.cat([taps[i] for i in self.config.taps], dim=-1), keys, values
 

@@ -33,7 +33,8 @@ def read(target, tokens, supervised=None):
     """tokens, supervised [B, T] (None: all) -> Text."""
     hidden, features, keys, values = target(tokens)
     supervised = torch.ones_like(tokens, dtype=torch.bool) if supervised is None else supervised
-    return Text(tokens, features, target.logits(hidden), KV(keys, values), supervised)
+    kv = KV([k.contiguous() for k in keys], [v.contiguous() for v in values])         # not views of wider projections
+    return Text(tokens, features, target.logits(hidden), kv, supervised)
 
 
 def sample_groups(supervised, groups, size, levels, generator):
@@ -66,7 +67,8 @@ def grow(target, head, text, roots, shape, temperature, aggregator, eta):
     length = slot + 1                                                                 # true slots = tokens before the root
     tree = draft_tree(head, hidden[sequence, slot], text.tokens[sequence, length], Prefix(KV([k], [v]), length, sequence),
                       shape, temperature)
-    hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, Prefix(text.kv, length, sequence))
+    hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, Prefix(text.kv, length, sequence),
+                        keep_kv=False)
     choice, log_prob = score_nodes(target.logits(hidden), tree.tokens, tree.parents)  # [B * R, N]
     _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [B * R]
     path, count, _ = accept(tree.tokens, tree.parents, tree.mask, choice, shape.levels + 1)

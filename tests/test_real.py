@@ -202,7 +202,9 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(release):
         assert len(children) == 2, process.stderr.read()
         os.kill(children[1], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and "lost another process" in errors and "Signal 9" in errors
+    assert process.returncode != 0 and "Signal 9" in errors
+    # The other one says so, too, unless torchrun ends it before it comes to the next exchange.
+    assert "lost another process" in errors or "Signal 15" in errors
     before = len(records(release / "killed", "head"))
     result = subprocess.run(command, cwd=release, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
