@@ -9,7 +9,6 @@
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from gto import chat, parallel
 from gto.adaptive import AdaptiveEngine
 from gto.engine import Engine, one_thread_on_cpu
-from gto.errors import UserError, main_guard
+from gto.errors import UserError, argument_parser, main_guard
 from gto.evaluate import synchronize
 from gto.load import load_head, load_target
 from gto.model import cast
@@ -31,8 +30,7 @@ from gto.verify import Sampling
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python decode.py --help)"))
+    parser = argument_parser("python decode.py", __doc__)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--target", default="out/cpu/target.pt", help="ours, or a folder of Meta's or Hugging Face's files")
     parser.add_argument("--head", default="out/cpu/gto-1337.pt", help="ours, or a folder with an EAGLE-3 head")

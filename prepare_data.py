@@ -4,20 +4,13 @@
     python prepare_data.py --input notes.txt chats.jsonl src/
     python prepare_data.py --dataset shakespeare
 """
-import argparse
-
 from gto.corpus import DATASETS
 from gto.data import DEFAULT_VOCAB_SIZE, prepare
-from gto.errors import UserError, main_guard
-
-
-def usage_error(message):
-    raise UserError(f"{message} (python prepare_data.py --help shows all flags)")
+from gto.errors import argument_parser, main_guard
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = usage_error
+    parser = argument_parser("python prepare_data.py", __doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="stdlib",
                         help="stdlib: the standard library; python: with site-packages; shakespeare: a download")
     parser.add_argument("--input", nargs="+", metavar="PATH", help="your own files or directories: text, code, "

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from gto import checkpoint, config as configs, ltd, parallel, report, stages
 from gto.conversations import encode_conversations
 from gto.data import ensure_data
-from gto.errors import UserError, main_guard
+from gto.errors import UserError, argument_parser, main_guard
 from gto.experiment import head_in, remember_config, texts_in
 from gto.load import load_head, load_target
 from gto.tokenizer import load_encoding
@@ -36,8 +36,7 @@ STAGES = ("target", "text", "head", "gto", "table", "ltd")
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help)"))
+    parser = argument_parser("python train.py", __doc__)
     parser.add_argument("--preset", help="cpu, gpu or real: the numbers to start from; default cpu, with --target real")
     parser.add_argument("--stage", choices=STAGES, help="only this stage; default: all up to table")
     parser.add_argument("--out", help="where checkpoints, log and table go; default out/<preset>")

@@ -12,7 +12,6 @@ the tables, also in table.md, show what is there so far.
 All heads draft along the same texts (gto/fixed_text.py), one per prompt and temperature, and differ in nothing else.
 Each uses its own best score temperature, chosen at T=0 and at T=1 on other held-out prompts than those reported.
 """
-import argparse
 import hashlib
 import json
 import statistics
@@ -29,7 +28,7 @@ from gto import checkpoint, compare, stages
 from gto.ceilings import calibration, rerank_tau, self_tau
 from gto.config import Config
 from gto.data import ensure_data
-from gto.errors import UserError, main_guard
+from gto.errors import UserError, argument_parser, main_guard
 from gto.fixed_text import every_other, tau, write
 from gto.trainer import append_log
 from gto.tree import TreeShape
@@ -66,9 +65,7 @@ class Setting(NamedTuple):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m gto.ablate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python -m gto.ablate --help)"))
+    parser = argument_parser("python -m gto.ablate", __doc__)
     parser.add_argument("--out", default="out/cpu", help="what train.py --stage head left (default: %(default)s)")
     parser.add_argument("--data", help="the corpus directory; default: data/ and the dataset's name")
     parser.add_argument("--name", default="ablate", help="folder in --out for the results (default: %(default)s)")

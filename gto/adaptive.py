@@ -7,7 +7,7 @@ import torch
 
 from gto.engine import Engine
 from gto.policy import observe
-from gto.tree import TreeShape, expand, first_level, rerank
+from gto.tree import TreeShape, candidates, expand, first_level, rerank
 
 
 def trim(engine, draft, root, nodes):
@@ -15,7 +15,7 @@ def trim(engine, draft, root, nodes):
     if not nodes:
         return engine.root_tree._replace(tokens=root[:, None])
     shape = TreeShape(draft.scores[0].shape[1], len(draft.scores), nodes)
-    return rerank(root, *(torch.cat(x, dim=1) for x in (draft.tokens, draft.parents, draft.scores)), shape)
+    return rerank(root, *candidates(draft), shape)
 
 
 class AdaptiveEngine(Engine):

@@ -11,7 +11,6 @@ All methods run in the same engine, prompt by prompt in turn, after one prompt o
 tau counts the token that the target adds itself; a last cycle that overshoots counts in full, in tokens and in time.
 The second turn of a question has plain decoding's first answer in its history, so prompts are the same for all.
 """
-import argparse
 import json
 from itertools import zip_longest
 from pathlib import Path
@@ -24,7 +23,7 @@ from gto import chat, parallel, plot, roofline
 from gto.data import read_prompts, write_text
 from gto.diagnose import dissect, halves
 from gto.engine import Engine, cut, one_thread_on_cpu
-from gto.errors import UserError, main_guard
+from gto.errors import UserError, argument_parser, main_guard
 from gto.evaluate import timed
 from gto.load import load_head, load_target
 from gto.summary import mean, summary, tables
@@ -37,9 +36,7 @@ TREES = ("2,2,3", "8,5,24")
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m gto.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python -m gto.bench --help)"))
+    parser = argument_parser("python -m gto.bench", __doc__)
     parser.add_argument("--target", default="out/cpu/target.pt", help="checkpoint or folder (default: %(default)s)")
     parser.add_argument("--head", action="append", metavar="[NAME=]PATH",
                         help=f"repeatable (default: {' '.join(HEADS)})")

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from gto.roofline import graph_of
+from gto.engine import graph_of
 from gto.tree import TreeShape
 
 

@@ -30,7 +30,7 @@ class Engine:
         self.score_temp = score_temp or score_temperature(self.sampling.temperature)
         self.width = self.shape.levels + 1 if head is not None else 1                 # P: most tokens a cycle emits
         self.device = target.norm.weight.device
-        self.graph = None                                                             # a cycle's CUDA graph
+        self.replay = None                                                            # of a cycle's CUDA graph
         self.target_cache = target.new_cache(batch, self.capacity + self.width)
         self.head_cache = head.new_cache(batch, self.capacity + self.width) if head is not None else None
         # The state a cycle reads and overwrites in place. `length` counts what the target has cached: everything
@@ -113,29 +113,23 @@ class Engine:
         self.check(self.draft())
 
     def capture(self):
-        """Record a cycle as a CUDA graph. Warm-up cycles (which compile kernels) come first and are taken back."""
-        state = [x.clone() for x in (self.length, self.count, self.emitted, self.features)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.cycle()
-        torch.cuda.current_stream().wait_stream(side)
-        for x, before in zip((self.length, self.count, self.emitted, self.features), state):
-            x.copy_(before)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.cycle()
+        """Record a cycle as a CUDA graph; what its warm-up cycles did to the state is taken back."""
+        state = self.length, self.count, self.emitted, self.features
+        before = [x.clone() for x in state]
+        self.replay = graph_of(self.cycle)
+        for x, was in zip(state, before):
+            x.copy_(was)
 
     @torch.inference_mode()
     def launch(self):
-        """Queue one cycle and the copy of what it emits to the host; `collect` waits for that copy."""
+        """Queue one cycle and the copy of what it emits to the host. -> [B, 1 + P] count and tokens, and on a GPU the
+        event after which they are there."""
         if self.device.type != "cuda":
             self.cycle()
             return torch.cat([self.count[:, None], self.emitted], dim=1), None
-        if self.graph is None:
+        if self.replay is None:
             self.capture()
-        self.graph.replay()
+        self.replay()
         result = torch.cat([self.count[:, None], self.emitted], dim=1)                # [B, 1 + P]
         host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
         copied = torch.cuda.Event()
@@ -171,6 +165,20 @@ class Engine:
 def cut(tokens, stop):
     """The tokens up to and including the first one in `stop`."""
     return next((tokens[:i + 1] for i, token in enumerate(tokens) if token in stop), tokens)
+
+
+def graph_of(run):
+    """Capture `run()` as a CUDA graph and return its replay. Two warm-up runs, which compile kernels, come first."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def one_thread_on_cpu(device):

@@ -1,5 +1,4 @@
 """Our draft head -> EAGLE-3's files, for EAGLE, SGLang and vLLM: python -m gto.export out/gto.pt FOLDER"""
-import argparse
 import json
 import os
 from pathlib import Path
@@ -7,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gto import checkpoint
-from gto.errors import UserError, main_guard
+from gto.errors import UserError, argument_parser, main_guard
 from gto.head import HeadConfig
 from gto.layouts import EAGLE, pieces
 
@@ -76,8 +75,7 @@ def write(file, save):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m gto.export", description=__doc__.split(":")[0])
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python -m gto.export --help)"))
+    parser = argument_parser("python -m gto.export", __doc__.split(":")[0])
     parser.add_argument("head", help="checkpoint of a draft head, for example out/gto.pt")
     parser.add_argument("folder", help="where config.json and the weights are written")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],

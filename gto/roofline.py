@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from gto.engine import Engine
+from gto.engine import Engine, graph_of
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target
 from gto.tree import TreeShape
@@ -36,20 +36,6 @@ def random_models(name, device="cuda", dtype=torch.bfloat16):
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
     return target.requires_grad_(False), head.requires_grad_(False)
-
-
-def graph_of(run):
-    """Capture `run()` and return its replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def milliseconds(run, repeats=20):

@@ -134,10 +134,15 @@ def draft_tree(head, hidden, root, prefix, shape, temperature):
 
 
 def draft_candidates(head, hidden, prefix, shape, temperature):
-    """As `draft_tree`, before the re-ranking. -> tokens, parents (candidate index + 1, 0: the root), scores [B, C]."""
+    """As `draft_tree`, before the re-ranking. -> see `candidates`."""
     draft = first_level(head, hidden, shape.branch, temperature)
     for _ in range(shape.levels - 1):
         draft = expand(head, draft, prefix, temperature)
+    return candidates(draft)
+
+
+def candidates(draft):
+    """All levels side by side: tokens, parents (candidate index + 1, 0: the root), scores [B, C], as `rerank` takes them."""
     return tuple(torch.cat(x, dim=1) for x in (draft.tokens, draft.parents, draft.scores))
 
 
