@@ -1,12 +1,12 @@
 """The paper's ablations in miniature, from one phase-I head: what does training for the tree bring, and why?
 
-    python -m gto.ablate                              the head in out/cpu, everything: 40 minutes on two quiet cores
+    python -m gto.ablate                              the head in out, everything: 40 minutes on two quiet cores
     python -m gto.ablate --only ceilings              only what there is to gain at most: a minute or two
     python -m gto.ablate --only objectives --minutes 25 --name objectives
     python -m gto.ablate --only gto cut --seeds 5 --steps 100
 
 Every run continues the same phase-I head for the same time: `steps` steps of GTO, or as many steps of another kind as
-take equally long on this machine. A finished run is a JSON line in out/cpu/<name>/<recipe>.jsonl and is not run again;
+take equally long on this machine. A finished run is a JSON line in out/<name>/<recipe>.jsonl and is not run again;
 the tables, also in table.md, show what is there so far.
 
 All heads draft along the same texts (gto/fixed_text.py), one per prompt and temperature, and differ in nothing else.
@@ -29,16 +29,16 @@ from gto.ceilings import calibration, rerank_tau, self_tau
 from gto.config import Config
 from gto.data import ensure_data
 from gto.errors import UserError, argument_parser, main_guard
-from gto.fixed_text import every_other, tau, write
+from gto.fixed_text import best_score_temp, every_other, tau, write
+from gto.report import SCORE_TEMPS
 from gto.trainer import append_log
 from gto.tree import TreeShape
 
-SCORE_TEMPS = {0.0: (0.2, 0.4, 0.6, 1.0), 1.0: (0.6, 1.0, 1.5)}    # by decoding temperature
 SHARP = {"label_temperature": 0.3}
 CUT, DISTILL = {"objective": "cut", "tree_clip": 0.1}, {"objective": "distill", "tree_clip": 0.1}
 GREEDY = {"reward_temperature": 0.0, **SHARP}
 
-# name: what differs from out/cpu/config.json. The runs of a table are in order of importance.
+# name: what differs from out/config.json. The runs of a table are in order of importance.
 TABLES = {
     "objectives": {"control": {}, "control-sharp": SHARP, "gto": {}, "cut": CUT, "tv": {"objective": "tv"},
                    "gto-sharp": SHARP, "cut-greedy": CUT | GREEDY, "tv-sharp": {"objective": "tv", **SHARP},
@@ -66,9 +66,9 @@ class Setting(NamedTuple):
 
 def parse_arguments(argv):
     parser = argument_parser("python -m gto.ablate", __doc__)
-    parser.add_argument("--out", default="out/cpu", help="what train.py --stage head left (default: %(default)s)")
+    parser.add_argument("--out-dir", default="out", help="what train.py --stage draft left (default: %(default)s)")
     parser.add_argument("--data", help="the corpus directory; default: data/ and the dataset's name")
-    parser.add_argument("--name", default="ablate", help="folder in --out for the results (default: %(default)s)")
+    parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(TABLES),
                         help=f"ceilings, tables ({', '.join(TABLES)}) or runs ({', '.join(RECIPES)})")
     parser.add_argument("--seeds", type=int, default=3)
@@ -87,20 +87,20 @@ def parse_arguments(argv):
 
 def load(arguments):
     """-> Setting. Also holds the results' folder to one head and one config."""
-    source = Path(arguments.out)
+    source = Path(arguments.out_dir)
     try:
         config = Config(**json.loads((source / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
-        raise UserError(f"{source}/config.json is missing or of another version: run python train.py --stage head"
-                        f" --out {source}") from None
+        raise UserError(f"{source}/config.json is missing or of another version: run python train.py --stage draft"
+                        f" --out-dir {source}") from None
     config = replace(config, tree=arguments.tree or config.tree)
     device, shape, out = arguments.device, TreeShape.parse(config.tree), source / arguments.name
     target = checkpoint.load_target(source / "target.pt", device)
-    head = checkpoint.load_head(source / "head.pt", target, device)
+    head = checkpoint.load_head(source / "draft.pt", target, device)
     texts = checkpoint.read(source / "text.pt", "text")["tokens"]
-    same = {"config": asdict(config), "head": hashlib.sha256((source / "head.pt").read_bytes()).hexdigest()}
+    same = {"config": asdict(config), "head": hashlib.sha256((source / "draft.pt").read_bytes()).hexdigest()}
     if (out / "setting.json").exists() and json.loads((out / "setting.json").read_text()) != same:
-        raise UserError(f"{out} holds results of another head.pt, config.json or --tree: choose another --name,"
+        raise UserError(f"{out} holds results of another draft.pt, config.json or --tree: choose another --name,"
                         " or delete it")
     out.mkdir(parents=True, exist_ok=True)
     (out / "setting.json").write_text(json.dumps(same, indent=1))
@@ -146,8 +146,7 @@ def evaluate(setting, head, other_trees=False):
     """What of a head is recorded: tau by prompt with its best score temperature, by decoding temperature."""
     shape, record = TreeShape.parse(setting.config.tree), {}
     for T, grid in SCORE_TEMPS.items():
-        tuned = {s: tau(head, setting.tune[T], shape, s).mean().item() for s in grid}
-        best = max(tuned, key=tuned.get)
+        best, tuned = best_score_temp(head, setting.tune[T], shape, grid)
         record[f"T={T:g}"] = {"score_temp": best, "tau": tau(head, setting.test[T], shape, best).tolist(),
                               "tuned": {f"{s:g}": value for s, value in tuned.items()}}
         if other_trees:
@@ -234,11 +233,11 @@ def chosen(only):
 def main(argv=None):
     arguments = parse_arguments(argv)
     setting, names = load(arguments), chosen(arguments.only)
-    if not read_results(setting.out).get("phase I"):
+    if not read_results(setting.out).get("draft"):
         print("Ceilings first: a minute or two.", flush=True)
-        append_log(setting.out / "phase I.jsonl", seed=0, steps=0, seconds=0.0, **measure_ceilings(setting))
+        append_log(setting.out / "draft.jsonl", seed=0, steps=0, seconds=0.0, **measure_ceilings(setting))
     results = read_results(setting.out)
-    print(compare.ceilings(results["phase I"][0], setting.config), flush=True)
+    print(compare.ceilings(results["draft"][0], setting.config), flush=True)
     if not names:
         return
     known, done = plan(setting, names, arguments), {(n, r["seed"]) for n, runs in results.items() for r in runs}

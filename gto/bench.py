@@ -1,6 +1,6 @@
 """The benchmark: plain decoding and any number of heads and trees, side by side on the same prompts.
 
-    python -m gto.bench                                        the two heads train.py leaves in out/cpu
+    python -m gto.bench                                        the two heads train.py leaves in out
     python -m gto.bench --head eagle=PATH --head gto=PATH --tree 8,5,24 --temperature 0 1
     python -m gto.bench --target LLAMA --tokenizer LLAMA --chat --head EAGLE3 --tree 10,8,59 \\
         --prompts mt_bench/question.jsonl --limit 0 --max-new-tokens 512         the protocol of EAGLE's tables
@@ -31,13 +31,13 @@ from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
 from gto.tree import TreeShape
 from gto.verify import Sampling
 
-HEADS = ("control=out/cpu/control-1337.pt", "gto=out/cpu/gto-1337.pt")
+HEADS = ("control=out/control.pt", "gto=out/gto.pt")
 TREES = ("2,2,3", "8,5,24")
 
 
 def parse_arguments(argv):
     parser = argument_parser("python -m gto.bench", __doc__)
-    parser.add_argument("--target", default="out/cpu/target.pt", help="checkpoint or folder (default: %(default)s)")
+    parser.add_argument("--target", default="out/target.pt", help="checkpoint or folder (default: %(default)s)")
     parser.add_argument("--head", action="append", metavar="[NAME=]PATH",
                         help=f"repeatable (default: {' '.join(HEADS)})")
     parser.add_argument("--tree", action="append", metavar="K,D,G", help="children,levels,nodes; repeatable, each head"

@@ -9,7 +9,7 @@ TITLES = {"objectives": "Objectives, and the continuation of token-level trainin
           "aggregator": "Aggregator of the reward (Table 3; lse is gto)", "debias": "Debiasing (Table 5)",
           "omega": "Weight of the GTO loss (omega=0.5 is gto), and its gradient clipped alone",
           "labels": "Labels"}
-BESIDE = {"objectives": ["phase I"], "groups": ["control", "gto"], "aggregator": ["control", "gto"],
+BESIDE = {"objectives": ["draft"], "groups": ["control", "gto"], "aggregator": ["control", "gto"],
           "debias": ["control", "gto"], "omega": ["control", "gto"], "labels": ["control", "control-sharp"]}
 # 97.5 % points of Student's t by degrees of freedom; in between the one before holds, which is the wider
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 20: 2.09, 30: 2.04}
@@ -40,7 +40,7 @@ def taus(results, name, T):
 def over(results, name, other, T):
     """'+0.031 ± 0.020 (+0.8 %)': a recipe's tau less another's, paired by seed and prompt. '' if they share no seed."""
     a, b = taus(results, name, T), taus(results, other, T)
-    if name == "phase I":
+    if name == "draft":
         a = {seed: a[0] for seed in b}
     seeds = sorted(a.keys() & b.keys())
     if not seeds or name == other:
@@ -87,7 +87,7 @@ def gap(results):
     for T in (0, 1):
         best = best_control(results, T)
         if best:
-            ceiling = torch.tensor(results["phase I"][0][f"T={T}"]["self"]).mean()     # of every other prompt
+            ceiling = torch.tensor(results["draft"][0][f"T={T}"]["self"]).mean()     # of every other prompt
             control = torch.stack(list(taus(results, best, T).values()))[:, ::2].mean()
             lines.append(f"* T={T}: the target drafting for itself has tau {ceiling:.3f},"
                          f" {100 * (ceiling / control - 1):.1f} % over {best}; a third of that gap is {(ceiling - control) / 3:+.3f}.")
@@ -110,21 +110,21 @@ def trees_table(results):
 
 def calibration_control(results):
     """Labels and scores sharpened, T=0: a score temperature gives for nothing what sharper labels are trained for."""
-    rows, labels = [], {"phase I": "", "control": "1", "control-0.6": "0.6", "control-sharp": "0.3", "gto": "1",
+    rows, labels = [], {"draft": "", "control": "1", "control-0.6": "0.6", "control-sharp": "0.3", "gto": "1",
                         "gto-sharp": "0.3"}
     for name, temperature in labels.items():
         runs = [run["T=0"]["tuned"] for run in results.get(name, [])]
         if runs:
             rows.append([name, temperature, *(f"{sum(run[s] for run in runs) / len(runs):.3f}" for s in runs[0])])
-    return markdown(["T=0", "label temp.", *(f"score temp. {s}" for s in results["phase I"][0]["T=0"]["tuned"])], rows)
+    return markdown(["T=0", "label temp.", *(f"score temp. {s}" for s in results["draft"][0]["T=0"]["tuned"])], rows)
 
 
 def tables(results, recipes, config):
     """results as `ablate.read_results` gives them; recipes {table: names} -> Markdown. Shows what is there so far."""
-    prompts = len(results["phase I"][0]["T=0"]["tau"])
+    prompts = len(results["draft"][0]["T=0"]["tau"])
     parts = [f"Acceptance length tau, tree {config.tree}, {prompts} held-out prompts x {config.eval_tokens} tokens."
              " Differences are paired by prompt and seed, with 95 % confidence intervals over both."
-             " Every head has its best score temperature, chosen on other prompts.", ceilings(results["phase I"][0], config)]
+             " Every head has its best score temperature, chosen on other prompts.", ceilings(results["draft"][0], config)]
     for title, names in recipes.items():
         if any(results.get(name) for name in names):
             parts.append(f"### {TITLES[title]}\n\n{recipe_table(results, [*BESIDE[title], *names])}")
@@ -146,7 +146,7 @@ def ceilings(record, config):
         rows.append([str(T), f"{tau.mean():.3f}", f"{tau[::2].mean():.3f}", f"{entry['score_temp']:g}",
                      *(f"{x.mean():.3f} ({100 * (x.mean() / tau[::2].mean() - 1):+.1f} %)" for x in (rerank, own)),
                      f"{entry['distinct']:.0f} of {config.eval_tokens}"])
-    lines.append(markdown(["T", "phase I", "on every other prompt", "score temp.",
+    lines.append(markdown(["T", "draft", "on every other prompt", "score temp.",
                            "its candidates, ranked by the target", "the target drafts for itself", "distinct tokens"], rows))
     columns = [(T, s, table) for T in (0, 1) for s, table in record[f"T={T}"]["calibration"].items()]
     header, body = ["rank"], []

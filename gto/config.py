@@ -1,4 +1,6 @@
 """Every number of the experiment, in one place. Each field is also a flag of train.py: --omega 0.3."""
+import inspect
+import re
 from dataclasses import dataclass, replace
 
 from gto.errors import UserError
@@ -68,7 +70,10 @@ class Config:
 
 
 PRESETS = {
-    "cpu": Config(),               # a quarter of an hour on two cores
+    "laptop": Config(),            # twelve minutes on two cores
+    # Every step of the way in a minute: for a first look, and to see that a change runs. Its figures mean nothing.
+    "smoke": Config(layers=4, dim=64, heads=2, kv_heads=1, ffn_dim=128, length=128, target_steps=60, texts=128,
+                    head_ffn_dim=128, head_steps=40, gto_steps=6, seeds=1, tree="4,3,8", eval_prompts=16, eval_tokens=48),
     "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
                   ffn_dim=2048, target_steps=3500, target_batch=128, muon_lr=0.02, adam_lr=3e-3, texts=8192, text_batch=512,
                   head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, gto_steps=400,
@@ -78,6 +83,13 @@ PRESETS = {
                    head_lr=5e-5, gto_steps=60_000, gto_batch=1, gto_rate=0.1, warmup=1000, accumulate=2, seeds=1,
                    tree="10,7,60"),
 }
+
+
+
+def comments():
+    """What each field means, {name: text}: the comments above, for train.py --help."""
+    found = re.finditer(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE)
+    return {match[1]: match[2].replace("%", "%%") for match in found}
 
 
 def preset(name, **changes):

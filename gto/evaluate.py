@@ -2,6 +2,7 @@
 import time
 
 import torch
+from tqdm import tqdm
 
 from gto.engine import Engine
 from gto.verify import Sampling
@@ -56,11 +57,11 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def speeds(engines, prompts, new_tokens):
+def speeds(engines, prompts, new_tokens, desc="speed"):
     """Tokens per second of several engines (batch 1), {name: [tokens/s by prompt]}, prompt by prompt in turn, so that
     a machine that slows down slows all of them."""
     result = {name: [] for name in engines}
-    for i, prompt in enumerate(prompts[:1] + prompts):                                # the first is the warm-up
+    for i, prompt in enumerate(tqdm(prompts[:1] + prompts, desc=desc, unit="prompt")):  # the first is the warm-up
         for name, engine in engines.items():
             seconds, tokens, _ = timed(engine, prompt, new_tokens)
             if i:

@@ -19,11 +19,16 @@ def remember_config(out, config, **inputs):
             before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
             changed = [name for name, value in now.items() if before[name] != value]
             if changed:
-                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out, or delete"
+                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir, or delete"
                                 f" it")
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=1))
     parallel.wait()
+
+
+def run_name(method, number):
+    """Phase II is repeated with several seeds; the first run's files bear the method's plain name: gto.pt, gto-2.pt."""
+    return method if number == 0 else f"{method}-{number + 1}"
 
 
 def texts_in(out, make):

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from gto.diagnose import greedy_depth
 from gto.engine import Engine
 from gto.model import KV, Prefix
 from gto.rollout import Text, read
-from gto.tree import draft_tree
+from gto.tree import TreeShape, draft_tree
 from gto.verify import Sampling
 from kernels.acceptance import accept
 
@@ -48,6 +49,13 @@ def every_other(fixed):
     return FixedText(text, fixed.start[::2], fixed.stop[::2])
 
 
+def follow(fixed, rows, length, tree):
+    """How many of its drafts a tree behind the token at `length` of these texts gets accepted, [n]."""
+    says = length[:, None] + tree.depth + 1                                           # a leaf's is not looked at
+    choice = fixed.text.tokens[rows[:, None], says.clamp(max=fixed.text.tokens.shape[1] - 1)]
+    return accept(tree.tokens, tree.parents, tree.mask, choice, tree.tokens.shape[1])[1]
+
+
 @torch.no_grad()
 def walk(fixed, draft):
     """Decode all texts. draft(rows [n], length [n]) -> a Tree behind the token at `length` of each of these texts.
@@ -56,11 +64,7 @@ def walk(fixed, draft):
     """
     length, cycles = fixed.start.clone(), torch.zeros_like(fixed.start)
     while len(rows := (length < fixed.stop).nonzero().squeeze(1)):
-        tree = draft(rows, length[rows])
-        says = length[rows, None] + tree.depth + 1                                    # a leaf's is not looked at
-        choice = fixed.text.tokens[rows[:, None], says.clamp(max=fixed.text.tokens.shape[1] - 1)]
-        _, count, _ = accept(tree.tokens, tree.parents, tree.mask, choice, tree.tokens.shape[1])
-        length[rows] += count + 1
+        length[rows] += follow(fixed, rows, length[rows], draft(rows, length[rows])) + 1
         cycles[rows] += 1
     return (length - fixed.start) / cycles.clamp(min=1)
 
@@ -73,8 +77,36 @@ def read_by(head, text):
     return hidden, KV([k], [v])
 
 
+def drafting(head, fixed, score_temp):
+    """-> draft(rows, length, shape), which drafts a Tree behind the token at `length` of each of these texts."""
+    hidden, kv = read_by(head, fixed.text)
+    return lambda rows, length, shape: draft_tree(
+        head, hidden[rows, length - 1], fixed.text.tokens[rows, length], Prefix(kv, length, rows), shape, score_temp)
+
+
 def tau(head, fixed, shape, score_temp):
     """Acceptance length [B] of a head's trees."""
-    hidden, kv = read_by(head, fixed.text)
-    return walk(fixed, lambda rows, length: draft_tree(
-        head, hidden[rows, length - 1], fixed.text.tokens[rows, length], Prefix(kv, length, rows), shape, score_temp))
+    draft = drafting(head, fixed, score_temp)
+    return walk(fixed, lambda rows, length: draft(rows, length, shape))
+
+
+def best_score_temp(head, fixed, shape, temperatures):
+    """-> the temperature of the scores with the largest mean tau, and all of them {temperature: mean tau}."""
+    tuned = {s: tau(head, fixed, shape, s).mean().item() for s in temperatures}
+    return max(tuned, key=tuned.get), tuned
+
+
+def tau_and_diagnosis(head, fixed, shape, score_temp):
+    """Acceptance length [B], and over all cycles the two shares of the paper's diagnosis (see `gto.diagnose`): those in
+    which the head's greedy path is not in the tree to its full depth, and those in which the tree gets accepted just
+    what the greedy path alone would have."""
+    draft, chain, pruned, matched = drafting(head, fixed, score_temp), TreeShape(1, shape.levels, shape.levels), [], []
+
+    def tree_and_path(rows, length):
+        tree, path = draft(rows, length, shape), draft(rows, length, chain)
+        pruned.append(greedy_depth(tree, path) < shape.levels)
+        matched.append(follow(fixed, rows, length, tree) == follow(fixed, rows, length, path))
+        return tree
+
+    lengths = walk(fixed, tree_and_path)
+    return lengths, torch.cat(pruned).float().mean().item(), torch.cat(matched).float().mean().item()

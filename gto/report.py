@@ -1,16 +1,20 @@
-"""The tables at the end of a run: what each step bought, next to the control that matters."""
+"""The table at the end of a run: what each step bought, next to the control that matters. Also as out/results.json."""
 import json
 
 import torch
 from tqdm import tqdm
 
+from gto.data import write_text
 from gto.engine import Engine, one_thread_on_cpu
 from gto.evaluate import acceptance, paired, speeds
-from gto.trainer import append_log
+from gto.fixed_text import best_score_temp, tau_and_diagnosis, write
+from gto.summary import markdown
 from gto.tree import TreeShape
 from gto.verify import Sampling
 
-SPEED_TREES = ("1,2,2", "2,2,3", "2,3,6", "1,5,5")   # beside the trained one: on a CPU small trees win
+SPEED_TREES = ("1,2,2", "2,2,3", "2,3,6", "2,4,8")   # beside the trained one: on a CPU small trees win
+CHOOSING, TIMED = 2, 8                               # prompts to choose the fastest tree on, other ones to time it on
+SCORE_TEMPS = {0.0: (0.2, 0.4, 0.6, 1.0), 1.0: (0.6, 1.0, 1.5)}    # by decoding temperature
 
 
 def records(out, **wanted):
@@ -19,92 +23,109 @@ def records(out, **wanted):
     return [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
 
 
-def matched_steps(out, config, seed):
-    """Token-level steps that take as long as this seed's GTO took, at the pace of phase I."""
-    phase_one = records(out, stage="head", finished=True)[-1]
-    gto = records(out, stage=f"gto-{seed}", finished=True)[-1]
-    return max(1, round(gto["seconds"] / phase_one["seconds"] * config.head_steps))
+def seconds_of(out, stage):
+    return records(out, stage=stage, finished=True)[-1]["seconds"]
 
 
-def seconds_of(out, method, config):
-    if method == "phase I":
-        return records(out, stage="head", finished=True)[-1]["seconds"]
-    runs = [records(out, stage=f"{method.lower()}-{config.seed + i}", finished=True)[-1] for i in range(config.seeds)]
-    return sum(run["seconds"] for run in runs) / len(runs)
+def matched_steps(out, config, name):
+    """Token-level steps that take as long as this run of GTO took, at the pace of phase I."""
+    return max(1, round(seconds_of(out, name) / seconds_of(out, "draft") * config.head_steps))
 
 
-def tables(config, target, heads, corpus, out):
-    """heads {method: [a head per seed]} -> Markdown; also written to out/table.md, and as JSON lines to log.jsonl."""
-    prompts = [corpus.encoding.encode_ordinary(text)[:64] for text in corpus.prompts(config.eval_prompts)]
-    text = "\n\n".join([acceptance_table(config, target, heads, prompts, out),
-                        speed_table(config, target, {m: trained[0] for m, trained in heads.items()}, prompts, out)])
-    (out / "table.md").write_text(text + "\n")
+def table(config, target, heads, corpus, out):
+    """heads {"draft" | "control" | "gto": [a head per seed]} -> Markdown, also in out/table.md and out/results.json."""
+    shape, new_tokens = TreeShape.parse(config.tree), config.eval_tokens
+    prompts = [corpus.encoding.encode_ordinary(text)[:64] for text in corpus.prompts(config.eval_prompts * 5 // 4)]
+    others, prompts = prompts[::5], [prompt for i, prompt in enumerate(prompts) if i % 5]   # score temperatures; the rest
+    results = {"methods": {name: {} for name in ("ar", *heads)}, "train_seconds": {
+        name: seconds_of(out, name) for name in ("target", *heads)}, "tree": config.tree, "prompts": len(prompts)}
+    taus = {}
+    for T in SCORE_TEMPS:
+        test, tune = (write(target, p, new_tokens, T, shape.levels, seed=i) for i, p in enumerate((prompts, others)))
+        if T == 0:
+            results["distinct_tokens"], results["greedy_equal"] = losslessness(target, heads["gto"][0], test, prompts,
+                                                                               shape, new_tokens)
+        figures = {"ar": {"tau": 1.0, "tau_se": 0.0}}
+        for name, trained in tqdm(heads.items(), desc=f"tau, T={T:g}", unit="method"):
+            figures[name], taus[name, T] = acceptance_of(trained, test, tune, shape, T)
+        speed = speed_of(target, {name: trained[0] for name, trained in heads.items()}, prompts, T, config)
+        for name, entry in figures.items():
+            results["methods"][name][f"T{T:g}"] = entry | speed[name]
+    results["differences"] = {
+        f"{a} - {b}": {f"T{T:g}": paired(taus[a, T].mean(0), taus[b, T].mean(0)) for T in SCORE_TEMPS}
+        for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
+    text = as_markdown(results, config)
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "table.md", text + "\n")
     return text
 
 
-def acceptance_table(config, target, heads, prompts, out):
-    shape, tokens = TreeShape.parse(config.tree), config.eval_tokens
-    lines = [f"Acceptance length tau, tree {shape}, {len(prompts)} held-out prompts x {tokens} tokens, mean over"
-             f" {config.seeds} seeds (range); differences paired by prompt, ± standard error.\n",
-             "| T | head | tau | over phase I | over control | training, s |", "|---|---|---|---|---|---|"]
-    bar = tqdm(total=2 * sum(map(len, heads.values())) + 1, desc="tau", unit="run")
-    _, plain = acceptance(target, None, prompts, shape, 0.0, tokens)
-    bar.update()
-    same = runs = 0
-    for temperature in (0.0, 1.0):
-        taus = {}
-        for method, trained in heads.items():
-            taus[method] = []
-            for seed, head in enumerate(trained):
-                tau, outputs = acceptance(target, head, prompts, shape, temperature, tokens, seed=seed)
-                taus[method].append(tau)
-                bar.update(), bar.set_postfix(tau=f"{tau.mean():.2f}")
-                if temperature == 0:
-                    same += sum(a == b for a, b in zip(outputs, plain))
-                    runs += len(prompts)
-            taus[method] = torch.stack(taus[method])                                  # [seeds, prompts]
-        for method, tau in taus.items():
-            over = {other: show(tau.mean(0), taus[other].mean(0)) for other in ("phase I", "control")}
-            append_log(out / "log.jsonl", table="tau", T=temperature, head=method, tau=tau.mean().item(),
-                       by_seed=tau.mean(1).tolist(), over={k: paired(tau.mean(0), taus[k].mean(0)) for k in over})
-            lines.append(f"| {temperature:g} | {method} | {tau.mean():.3f}{spread(tau)} |"
-                         f" {over['phase I'] if method != 'phase I' else ''} |"
-                         f" {over['control'] if method == 'GTO' else ''} | {seconds_of(out, method, config):.0f} |")
-    bar.close()
-    distinct = sum(len(set(row)) for row in plain) / len(plain)
-    lines.append(f"\nGreedy output equal to plain greedy decoding: {same} of {runs} runs. Distinct tokens in"
-                 f" {tokens} greedy ones: {distinct:.0f}.")
-    return "\n".join(lines)
+def losslessness(target, head, test, prompts, shape, new_tokens):
+    """Decode with trees what plain decoding has written. -> distinct tokens of a text, texts that are equal."""
+    plain = [row[start:start + new_tokens] for row, start in zip(test.text.tokens.tolist(), test.start.tolist())]
+    _, outputs = acceptance(target, head, prompts, shape, 0.0, new_tokens)
+    return sum(len(set(row)) for row in plain) / len(plain), sum(map(list.__eq__, outputs, plain))
 
 
-def speed_table(config, target, heads, prompts, out, count=5):
-    """Batch 1, every method and tree in turn on the same prompts, so that they share the machine's good and bad moments."""
-    tokens = config.eval_tokens
+def acceptance_of(trained, test, tune, shape, T):
+    """One method's heads, a seed each, on the same texts. -> figures, tau [seeds, prompts]."""
+    taus, diagnoses, score_temps = [], [], []
+    for head in trained:
+        score_temps.append(best_score_temp(head, tune, shape, SCORE_TEMPS[T])[0])
+        tau, *diagnosis = tau_and_diagnosis(head, test, shape, score_temps[-1])
+        taus.append(tau), diagnoses.append(diagnosis)
+    tau = torch.stack(taus)
+    pruned, matched = torch.tensor(diagnoses).mean(0).tolist()
+    return {"tau": tau.mean().item(), "tau_se": (tau.mean(0).std() / tau.shape[1] ** 0.5).item(),
+            "tau_by_seed": tau.mean(1).tolist(), "score_temp": score_temps, "prune_rate": pruned, "match_rate": matched}, tau
+
+
+def speed_of(target, heads, prompts, T, config):
+    """Batch 1, all methods in turn on the same prompts, so that they share the machine's good and bad moments.
+
+    Each head uses its fastest tree, chosen on other prompts. -> {method: tokens_per_second, speedup, fastest_tree}
+    """
     one_thread_on_cpu(target.norm.weight.device)
-    shapes = [TreeShape.parse(text) for text in dict.fromkeys((*SPEED_TREES, config.tree))]
-    lines = [f"Speed at batch 1, {count} prompts x {tokens} tokens, medians, prefill left out; plain decoding runs in the"
-             " same engine.\n", "| T | | tokens/s | speed-up |", "|---|---|---|---|"]
-    for temperature in tqdm((0.0, 1.0), desc="speed", unit="temperature"):
-        capacity = max(map(len, prompts)) + tokens + 16
-        engines = {"plain": Engine(target, None, None, Sampling(temperature), capacity=capacity)}
-        for method in ("control", "GTO"):
-            for shape in shapes:
-                engines[f"{method}, tree {shape}"] = Engine(target, heads[method], shape, Sampling(temperature),
-                                                           capacity=capacity)
-        measured = speeds(engines, prompts[:count], tokens)
-        for name, rate in measured.items():
-            speedup = (rate / measured["plain"]).median().item()
-            append_log(out / "log.jsonl", table="speed", T=temperature, method=name, tokens_per_s=rate.median().item(),
-                       speedup=speedup)
-            lines.append(f"| {temperature:g} | {name} | {rate.median():.0f} | {speedup:.2f} |")
+    capacity = max(map(len, prompts)) + config.eval_tokens + 16
+
+    def engine(head, tree):
+        return Engine(target, head, tree and TreeShape.parse(tree), Sampling(T), capacity=capacity)
+
+    plain = {("ar", None): engine(None, None)}
+    trees = list(dict.fromkeys((*SPEED_TREES, config.tree)))
+    tried = speeds({(name, tree): engine(head, tree) for name, head in heads.items() for tree in trees},
+                   prompts[:CHOOSING], config.eval_tokens, desc=f"fastest tree, T={T:g}")
+    fastest = {name: max(trees, key=lambda tree: tried[name, tree].mean()) for name in heads}
+    measured = speeds(plain | {(name, fastest[name]): engine(head, fastest[name]) for name, head in heads.items()},
+                      prompts[CHOOSING:CHOOSING + TIMED], config.eval_tokens, desc=f"speed, T={T:g}")
+    return {name: {"tokens_per_second": rate.median().item(),
+                   "speedup": (rate / measured["ar", None]).median().item(), "fastest_tree": tree}
+            for (name, tree), rate in measured.items()}
+
+
+def as_markdown(results, config):
+    rows = []
+    for name, by_temperature in results["methods"].items():
+        for T, entry in by_temperature.items():
+            seeds, is_head = entry.get("tau_by_seed", [0]), "score_temp" in entry
+            rows.append([T[1:], name, f"{entry['tau']:.3f} ± {entry['tau_se']:.3f}" if is_head else "1",
+                         f"{min(seeds):.3f} .. {max(seeds):.3f}" if len(seeds) > 1 else "",
+                         f"{entry['prune_rate']:.0%}" if is_head else "", f"{entry['match_rate']:.0%}" if is_head else "",
+                         entry["fastest_tree"] or "", f"{entry['tokens_per_second']:.0f}", f"{entry['speedup']:.2f}",
+                         f"{results['train_seconds'][name]:.0f}" if is_head else ""])
+    rows.sort(key=lambda row: row[0])
+    lines = [f"tau: acceptance length with tree {config.tree}, {results['prompts']} held-out prompts x {config.eval_tokens}"
+             f" tokens, mean of {config.seeds} seeds ± standard error over prompts, each head with its best score"
+             " temperature. Path: the head's greedy path. Speed: batch 1, the head's fastest tree, median over"
+             f" {TIMED} prompts.\n",
+             markdown(["T", "method", "tau", "seeds", "path pruned", "accepted = path's", "fastest tree", "tokens/s",
+                       "speed-up", "training, s"], rows),
+             f"\nGreedy output equal to plain greedy decoding: {results['greedy_equal']} of {results['prompts']} texts."
+             f" Distinct tokens in {config.eval_tokens} greedy ones: {results['distinct_tokens']:.0f}."]
+    for pair, difference in results["differences"].items():
+        lines.append(f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at T={T[1:]}"
+                                             for T, (mean, error) in difference.items()) + ".")
+    gains = [T[1:] for T, (mean, error) in results["differences"]["gto - control"].items() if mean > 2 * error]
+    lines.append("GTO beats the continuation that took as long at T=" + " and T=".join(gains) + "." if gains else
+                 "GTO does not beat the continuation that took as long (by two standard errors) at either temperature.")
     return "\n".join(lines)
-
-
-def spread(tau):
-    means = tau.mean(1)
-    return f" ({means.min():.3f} .. {means.max():.3f})" if len(means) > 1 else ""
-
-
-def show(a, b):
-    mean, error = paired(a, b)
-    return f"{mean:+.3f} ± {error:.3f}"

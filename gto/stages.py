@@ -30,7 +30,9 @@ def optimizers_for(model, muon_lr, adam_lr):
 
 
 def train_target(config, corpus, out, device):
-    """A target from scratch: next-token cross-entropy. On CUDA in bf16 with a compiled forward. Returns the Target."""
+    """A target from scratch: next-token cross-entropy. On CUDA in bf16 with a compiled forward.
+
+    Returns the Target and the seconds that it took."""
     torch.manual_seed(config.seed)
     target = Target(ModelConfig(
         vocab_size=corpus.vocab_size, layers=config.layers, dim=config.dim, heads=config.heads, kv_heads=config.kv_heads,
@@ -44,9 +46,9 @@ def train_target(config, corpus, out, device):
         hidden, *_ = forward(batch[:, :-1])
         return F.cross_entropy(target.logits(hidden).flatten(0, 1).float(), batch[:, 1:].flatten()), {}
 
-    train("target", target, optimizers, loss_of, config.target_steps, out, device=device,
-          autocast=torch.bfloat16 if device == "cuda" else None, clip=1.0)
-    return target.requires_grad_(False)
+    seconds = train("target", target, optimizers, loss_of, config.target_steps, out, device=device,
+                    autocast=torch.bfloat16 if device == "cuda" else None, clip=1.0)
+    return target.requires_grad_(False), seconds
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ def test_cut_learns_to_keep_what_is_accepted():
     (dict(objective="best"), "no objective 'best'"), (dict(objective="cut", tree="1,4,4"), "choose fewer nodes")])
 def test_bad_objectives(changes, message):
     with pytest.raises(UserError, match=message):
-        preset("cpu", **changes)
+        preset("laptop", **changes)
 
 
 # The runner --------------------------------------------------------------------------------------------------------
@@ -225,14 +225,14 @@ def record(seed, *taus):
 
 def test_differences_are_paired_by_prompt_and_seed_with_the_best_control():
     """By hand: prompts and seeds differ by far more than the recipes do."""
-    results = {"phase I": [record(0, 1.0, 2.0)],
+    results = {"draft": [record(0, 1.0, 2.0)],
                "control": [record(0, 2.0, 4.0), record(1, 3.0, 5.0)],
                "control-sharp": [record(0, 3.0, 5.0), record(1, 4.0, 6.0)],
                "cut": [record(0, 3.1, 5.1), record(1, 4.1, 6.1), record(2, 9.0, 9.0)]}
     assert compare.best_control(results, 0) == compare.best_control(results, 1) == "control-sharp"
     assert compare.over(results, "cut", "control-sharp", 0) == "+0.100 ± 0.000 (+2.2 %)"   # seed 2 has no control yet
     assert compare.over(results, "cut", "control", 1) == "+1.100 ± 0.000 (+24.4 %)"
-    assert compare.over(results, "phase I", "control", 0).startswith("-2.000 ± ")
+    assert compare.over(results, "draft", "control", 0).startswith("-2.000 ± ")
     assert compare.over(results, "control", "control", 0) == compare.over(results, "cut", "gto", 0) == ""
     assert "| cut | 3 | 6.067 | 0.4 | +0.100 ± 0.000 (+2.2 %) |" in compare.recipe_table(results, ["cut", "gto"])
     # Before any control is finished the rest can be shown.
@@ -242,7 +242,7 @@ def test_differences_are_paired_by_prompt_and_seed_with_the_best_control():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A directory as train.py --stage head leaves it, of random models."""
+    """A directory as train.py --stage draft leaves it, of random models."""
     folder = tmp_path_factory.mktemp("ablate")
     (folder / "words.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(3000)))
     data.prepare(str(folder / "data"), inputs=[str(folder / "words.txt")], vocab_size=300)
@@ -251,13 +251,13 @@ def folder(tmp_path_factory):
                     gto_batch=1, head_batch=1)
     (folder / "out").mkdir()
     (folder / "out/config.json").write_text(json.dumps(asdict(config)))
-    checkpoint.save_model(folder / "out/target.pt", target), checkpoint.save_model(folder / "out/head.pt", head)
+    checkpoint.save_model(folder / "out/target.pt", target), checkpoint.save_model(folder / "out/draft.pt", head)
     checkpoint.save(folder / "out/text.pt", kind="text", tokens=torch.randint(300, (8, 32)))
     return folder
 
 
 def ablation(folder, *arguments):
-    ablate.main(["--out", str(folder / "out"), "--data", str(folder / "data"), "--device", "cpu", *arguments])
+    ablate.main(["--out-dir", str(folder / "out"), "--data", str(folder / "data"), "--device", "cpu", *arguments])
     return (folder / "out/ablate/table.md").read_text()
 
 
@@ -287,7 +287,7 @@ def test_ablation_from_ceilings_to_tables(folder, capsys, monkeypatch):
     table = ablation(folder, *arguments)
     results = ablate.read_results(folder / "out/ablate")
     assert {name: [run["seed"] for run in runs] for name, runs in results.items()} == {
-        "phase I": [0], **{name: [0, 1] for name in ("control", "control-sharp", "gto", "cut", "m=4")}}
+        "draft": [0], **{name: [0, 1] for name in ("control", "control-sharp", "gto", "cut", "m=4")}}
     assert all(results[name][0] == partial[name][0] for name in partial), "a finished run was run again"
     assert results["control"][0]["steps"] == 4 and results["gto"][0]["steps"] == 2    # equally long
     assert results["gto"][0]["T=0"]["trees"].keys() == results["control"][1]["T=1"]["trees"].keys()
@@ -295,7 +295,7 @@ def test_ablation_from_ceilings_to_tables(folder, capsys, monkeypatch):
         assert text in table
     assert ablation(folder, *arguments[:-1], "2") == table
 
-    for changed, message in ((("--steps", "3"), "--steps 2"), (("--tree", "3,3,7"), "another head.pt"),
+    for changed, message in ((("--steps", "3"), "--steps 2"), (("--tree", "3,3,7"), "another draft.pt"),
                              (("--only", "nothing"), "nothing is called 'nothing'"), (("--seeds", "0"), "positive")):
         with pytest.raises(UserError, match=message):
             ablation(folder, *changed)

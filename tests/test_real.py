@@ -164,23 +164,23 @@ def records(out, stage):
 @pytest.fixture(scope="module")
 def trained(release):
     """Phase I and GTO in one process, two texts a batch."""
-    run(train, *TRAIN, "--head-batch", 2, "--gto-batch", 2, "--out", "one", cwd=release)
+    run(train, *TRAIN, "--head-batch", 2, "--gto-batch", 2, "--out-dir", "one", cwd=release)
     return release
 
 
 def test_train_a_released_target_then_decode(trained, capsys):
     files = {p.name for p in (trained / "one").iterdir()}
-    assert files == {"config.json", "log.jsonl", "text.pt", "head.pt", "gto-1337.pt"}
-    run(decode, "--target", "Llama", "--head", "one/gto-1337.pt", "--chat", "--prompt", "What is 2 + 2?", "--tree",
+    assert files == {"config.json", "log.jsonl", "text.pt", "draft.pt", "gto.pt"}
+    run(decode, "--target", "Llama", "--head", "one/gto.pt", "--chat", "--prompt", "What is 2 + 2?", "--tree",
         "3,3,8", "--max-new-tokens", 12, "--compare", cwd=trained)
     assert "the same tokens" in capsys.readouterr().err
 
 
 def test_two_processes_with_a_spread_target_equal_one_with_the_doubled_batch(trained):
-    result = subprocess.run(torchrun(ROOT / "train.py", *TRAIN, "--head-batch", 1, "--gto-batch", 1, "--out", "two",
+    result = subprocess.run(torchrun(ROOT / "train.py", *TRAIN, "--head-batch", 1, "--gto-batch", 1, "--out-dir", "two",
                                      "--spread"), cwd=trained, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
-    for stage in "head", "gto-1337":
+    for stage in "draft", "gto":
         one, two = records(trained / "one", stage), records(trained / "two", stage)
         assert [line["step"] for line in one] == [line["step"] for line in two], "rank 0 alone writes"
         for expected, found in zip(one, two):
@@ -192,10 +192,10 @@ def test_two_processes_with_a_spread_target_equal_one_with_the_doubled_batch(tra
 
 
 def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(release):
-    command = torchrun(ROOT / "train.py", *TRAIN, "--stage", "head", "--head-steps", 230, "--out", "killed")
+    command = torchrun(ROOT / "train.py", *TRAIN, "--stage", "draft", "--head-steps", 230, "--out-dir", "killed")
     with subprocess.Popen(command, cwd=release, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.time() + 120
-        while not (release / "killed/head.partial.pt").exists() and time.time() < deadline and process.poll() is None:
+        while not (release / "killed/draft.partial.pt").exists() and time.time() < deadline and process.poll() is None:
             time.sleep(0.05)
         listed = subprocess.check_output(["ps", "-A", "-o", "ppid=,pid="], text=True).splitlines()
         children = [int(child) for parent, child in map(str.split, listed) if int(parent) == process.pid]
@@ -205,14 +205,14 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(release):
     assert process.returncode != 0 and "Signal 9" in errors
     # The other one says so, too, unless torchrun ends it before it comes to the next exchange.
     assert "lost another process" in errors or "Signal 15" in errors
-    before = len(records(release / "killed", "head"))
-    result = subprocess.run(command, cwd=release, capture_output=True, text=True, timeout=120)
+    before = len(records(release / "killed", "draft"))
+    result = subprocess.run([*command, "--resume"], cwd=release, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert [line["step"] for line in records(release / "killed", "head")[before:]] == [210, 220, 230]
+    assert [line["step"] for line in records(release / "killed", "draft")[before:]] == [210, 220, 230]
 
 
 def test_decoding_with_a_split_target_gives_the_same_text(trained, capsys):
-    arguments = ["--target", "Llama", "--head", "one/gto-1337.pt", "--chat", "--prompt", "Hi", "--tree", "3,3,8",
+    arguments = ["--target", "Llama", "--head", "one/gto.pt", "--chat", "--prompt", "Hi", "--tree", "3,3,8",
                  "--max-new-tokens", 24]
     run(decode, *arguments, cwd=trained)
     result = subprocess.run(torchrun(ROOT / "decode.py", *arguments), cwd=trained, capture_output=True, timeout=120)
@@ -226,9 +226,9 @@ def test_gto_from_a_published_head(release, tmp_path, capsys):
     pytest.importorskip("safetensors")
     target = GOLDENS / "eagle_target"
     run(train, "--target", target, "--head", GOLDENS / "eagle_head_narrow", "--data", release / "chat.jsonl", *TINY,
-        "--gto-steps", 2, "--out", "out", cwd=tmp_path)
-    assert not (tmp_path / "out/head.pt").exists()
-    run(decode, "--target", target, "--head", "out/gto-1337.pt", "--chat", "--prompt", "Who are you?",
+        "--gto-steps", 2, "--out-dir", "out", cwd=tmp_path)
+    assert not (tmp_path / "out/draft.pt").exists()
+    run(decode, "--target", target, "--head", "out/gto.pt", "--chat", "--prompt", "Who are you?",
         "--max-new-tokens", 12, "--compare", cwd=tmp_path)
     assert "the same tokens" in capsys.readouterr().err
 
@@ -242,5 +242,5 @@ def test_gto_from_a_published_head(release, tmp_path, capsys):
 ])
 def test_bad_input_is_one_clear_line(release, arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        run(train, *arguments, "--out", "bad", cwd=release)
+        run(train, *arguments, "--out-dir", "bad", cwd=release)
     assert "\n" not in str(caught.value) and not (release / "bad").exists()
