@@ -3,8 +3,6 @@
 The policy runs on the host, which has to wait for its answer anyway. Every step between two questions (extend, a head
 pass at a given level, re-rank and verify at a given size) has a fixed shape.
 """
-import torch
-
 from gto.engine import Engine
 from gto.policy import observe
 from gto.tree import TreeShape, candidates, expand, first_level, rerank
@@ -21,12 +19,14 @@ def trim(engine, draft, root, nodes):
 class AdaptiveEngine(Engine):
     """One sequence; its trees have `policy.space.branch` children. `decisions` lists (levels, nodes, observation)."""
 
+    fixed = False  # what a cycle does depends on what it finds
+
     def __init__(self, target, head, policy, sampling=None, capacity=None, score_temp=None):
         super().__init__(target, head, policy.space.shape, sampling, 1, capacity, score_temp)
         self.policy, self.decisions = policy, []
 
-    def draft(self):
-        space, (hidden, root, prefix) = self.policy.space, self.extend(int(self.count) + 1)
+    def draft(self, width=None):
+        space, (hidden, root, prefix) = self.policy.space, self.extend(width)
         draft = first_level(self.head, hidden, space.branch, self.score_temp)
         seen = observe(draft.scores, self.length, space).cpu()
         while len(draft.scores) < space.levels and not self.policy.stop(seen):
@@ -35,9 +35,3 @@ class AdaptiveEngine(Engine):
         nodes = space.nodes(len(draft.scores), int(self.policy.size(seen)))
         self.decisions.append((len(draft.scores), nodes, seen))
         return trim(self, draft, root, nodes)
-
-    @torch.inference_mode()
-    def launch(self):
-        """Never one graph: what a cycle does depends on what it finds."""
-        self.cycle()
-        return torch.cat([self.count[:, None], self.emitted], dim=1), None

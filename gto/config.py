@@ -15,15 +15,15 @@ class Config:
     length: int = 256              # tokens per training sequence
 
     # target: deep and narrow, so that a draft is cheap next to a target step
-    layers: int = 10
+    layers: int = 16
     dim: int = 128
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 32
-    ffn_dim: int = 384
-    target_steps: int = 1000
+    ffn_dim: int = 256
+    target_steps: int = 900
     target_batch: int = 4
-    muon_lr: float = 0.02          # hidden matrices, of target and head
+    muon_lr: float = 0.02          # hidden matrices
     adam_lr: float = 3e-2          # embedding and norms: at small rates the tied embedding is what learns too slowly
 
     # text that the target writes itself, to train heads on: half greedy, half sampled at T=1
@@ -33,11 +33,12 @@ class Config:
 
     # draft head, phase I: token-level training
     head_ffn_dim: int = 384        # 0: the target's
-    draft_vocab_size: int = 2048
+    draft_vocab_size: int = 1024   # the tokens that are most frequent in the target's own text
     unroll: int = 4                # steps of the training-time test behind the first
     head_steps: int = 400
     head_batch: int = 4
-    head_lr: float = 3e-3          # of AdamW; the head's hidden matrices learn at muon_lr
+    head_lr: float = 2e-2          # output and norms, by AdamW
+    head_muon_lr: float = 0.05     # hidden matrices, by Muon; 0: AdamW for all
     label_temperature: float = 1.0  # below 1: labels sharpened towards the target's arg-max
 
     # phase II: Group Tree Optimization
@@ -75,12 +76,12 @@ PRESETS = {
     "smoke": Config(layers=4, dim=64, heads=2, kv_heads=1, ffn_dim=128, length=128, target_steps=60, texts=128,
                     head_ffn_dim=128, head_steps=40, gto_steps=6, seeds=1, tree="4,3,8", eval_prompts=16, eval_tokens=48),
     "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
-                  ffn_dim=2048, target_steps=3500, target_batch=128, muon_lr=0.02, adam_lr=3e-3, texts=8192, text_batch=512,
-                  head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, gto_steps=400,
-                  gto_batch=8, tree="10,7,60", eval_tokens=256),
+                  ffn_dim=2048, target_steps=3500, target_batch=128, adam_lr=3e-3, texts=8192, text_batch=512,
+                  head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, head_lr=3e-3,
+                  head_muon_lr=0.02, gto_steps=400, gto_batch=8, tree="10,7,60", eval_tokens=256),
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.
-    "real": Config(length=2048, muon_lr=0.0, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
-                   head_lr=5e-5, gto_steps=60_000, gto_batch=1, gto_rate=0.1, warmup=1000, accumulate=2, seeds=1,
+    "real": Config(length=2048, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
+                   head_lr=5e-5, head_muon_lr=0.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1, warmup=1000, accumulate=2, seeds=1,
                    tree="10,7,60"),
 }
 

@@ -23,6 +23,8 @@ class Engine:
     score_temp     temperature of the tree's scores; None: by the sampling temperature
     """
 
+    fixed = True   # the same operations in every cycle, so that one CUDA graph serves them all
+
     def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
         self.target, self.head, self.shape = target, head, shape or TreeShape()
         self.sampling, self.batch = sampling or Sampling(), batch
@@ -91,11 +93,11 @@ class Engine:
         hidden = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[-1])).squeeze(1)  # [B, dim]
         return hidden, self.emitted.gather(1, last).squeeze(1), Prefix(self.head_cache, self.length)
 
-    def draft(self):
-        """Draft a tree behind the last committed token."""
+    def draft(self, width=None):
+        """Draft a tree behind the last committed token. width: see `extend`."""
         if self.head is None:
             return self.root_tree._replace(tokens=self.emitted.gather(1, self.count[:, None]))
-        return draft_tree(self.head, *self.extend(), self.shape, self.score_temp)
+        return draft_tree(self.head, *self.extend(width), self.shape, self.score_temp)
 
     def check(self, tree):
         """One target forward over the tree; commits the accepted path and updates the state."""
@@ -108,9 +110,9 @@ class Engine:
         # A finished sequence may wait for others: it stays inside the cache.
         self.length.add_(count + 1).clamp_(max=self.capacity)
 
-    def cycle(self):
-        """Draft, verify, compact: every shape fixed, every length on the device."""
-        self.check(self.draft())
+    def cycle(self, width=None):
+        """Draft, verify, compact: without a `width`, every shape fixed and every length on the device."""
+        self.check(self.draft(width))
 
     def capture(self):
         """Record a cycle as a CUDA graph; what its warm-up cycles did to the state is taken back."""
@@ -124,8 +126,8 @@ class Engine:
     def launch(self):
         """Queue one cycle and the copy of what it emits to the host. -> [B, 1 + P] count and tokens, and on a GPU the
         event after which they are there."""
-        if self.device.type != "cuda":
-            self.cycle()
+        if self.device.type != "cuda" or not self.fixed:
+            self.cycle(width=int(self.count.max()) + 1)
             return torch.cat([self.count[:, None], self.emitted], dim=1), None
         if self.replay is None:
             self.capture()

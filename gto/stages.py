@@ -137,7 +137,7 @@ def train_head(name, config, target, head, texts, steps, rate, batch, seed, out,
     parts = config.accumulate * parallel.ranks()
     if head.config.own_embedding:
         head.embed.requires_grad_(False)                                              # as a lent one
-    optimizers = optimizers_for(head, rate * config.muon_lr, rate * config.head_lr)
+    optimizers = optimizers_for(head, rate * config.head_muon_lr, rate * config.head_lr)
 
     def loss_of(part):
         # All ranks draw the whole step's texts and groups, and count what there is to learn: so what the parts' losses

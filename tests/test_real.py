@@ -94,7 +94,7 @@ def test_a_chain_is_learnt_inside_one_answer_only():
 def train_once(tmp_path, texts, supervised, batch, reference=None, **changes):
     """Two steps of the head. Returns its parameters and the last logged loss."""
     target, start = tiny_models(seed=4, draft_vocab=20)
-    config = Config(**{**dict(tree="3,3,8", groups=3, group_size=4, unroll=2, muon_lr=0.0, head_lr=1e-2), **changes})
+    config = Config(**{**dict(tree="3,3,8", groups=3, group_size=4, unroll=2, head_muon_lr=0.0, head_lr=1e-2), **changes})
     head = stages.copy_of(start, target)
     stages.train_head("x", config, target, head, texts, 2, 1.0, batch, 7, tmp_path,
                       reference=start if reference else None, supervised=supervised)
