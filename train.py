@@ -1,6 +1,6 @@
 """From nothing to the paper's comparison: data, target, draft head, its continuation, GTO, a table.
 
-    python train.py                      everything, about a quarter of an hour on two CPU cores
+    python train.py                      everything, about twelve minutes on two CPU cores
     python train.py --preset gpu         a larger target on one GPU, about 25 minutes
     python train.py --stage draft        one stage (earlier ones must be finished)
     python train.py --stage ltd          not part of "everything": policies that choose a draft's depth and size
@@ -13,7 +13,7 @@ For a released target, on its answers in a chat .jsonl (ShareGPT's format and ot
     python train.py ... --head EAGLE3-head --stage draft                                 phase I goes on from this head
     torchrun --nproc_per_node=8 train.py ... [--spread]     a batch on each GPU; --spread: the target over all of them
 
-A finished stage is not run again, an interrupted one goes on where it was: run the same command again.
+A finished stage is not run again, an interrupted one goes on with --resume.
 """
 import argparse
 from dataclasses import asdict, fields
@@ -85,7 +85,8 @@ def released_target(arguments, config, out, device):
 def own_target(arguments, config, out, device):
     """The corpus, the target trained on it and, unless the stage is "target", the texts that it writes."""
     if arguments["stage"] is None and arguments["preset"] == "laptop" and not (out / "target.pt").exists():
-        print("About a quarter of an hour on two cores: target 4 to 6 minutes, its text 0.5, head 2, GTO and control 2.5, tables 4.", flush=True)
+        print("About twelve minutes on two cores: target 4 to 5, its text 0.6, draft head 2, GTO and control 2, the table"
+              " 2.", flush=True)
     name = arguments["data"] or f"data/{config.dataset}"
     sizes = () if arguments["data"] else (config.dataset, config.vocab_size)         # a named one is what it is
     if parallel.rank() == 0:

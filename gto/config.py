@@ -21,7 +21,7 @@ class Config:
     kv_heads: int = 2
     head_dim: int = 32
     ffn_dim: int = 256
-    target_steps: int = 900
+    target_steps: int = 800
     target_batch: int = 4
     muon_lr: float = 0.02          # hidden matrices
     adam_lr: float = 3e-2          # embedding and norms: at small rates the tied embedding is what learns too slowly
@@ -35,14 +35,14 @@ class Config:
     head_ffn_dim: int = 384        # 0: the target's
     draft_vocab_size: int = 1024   # the tokens that are most frequent in the target's own text
     unroll: int = 4                # steps of the training-time test behind the first
-    head_steps: int = 400
+    head_steps: int = 450
     head_batch: int = 4
     head_lr: float = 2e-2          # output and norms, by AdamW
     head_muon_lr: float = 0.05     # hidden matrices, by Muon; 0: AdamW for all
-    label_temperature: float = 1.0  # below 1: labels sharpened towards the target's arg-max
+    label_temperature: float = 0.5  # below 1: labels sharpened towards the target's arg-max; 1: EAGLE-3's
 
     # phase II: Group Tree Optimization
-    gto_steps: int = 24
+    gto_steps: int = 20
     gto_batch: int = 2             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     groups: int = 16               # K, per sequence
@@ -78,13 +78,12 @@ PRESETS = {
     "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
                   ffn_dim=2048, target_steps=3500, target_batch=128, adam_lr=3e-3, texts=8192, text_batch=512,
                   head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, head_lr=3e-3,
-                  head_muon_lr=0.02, gto_steps=400, gto_batch=8, tree="10,7,60", eval_tokens=256),
+                  head_muon_lr=0.02, gto_steps=400, gto_batch=8, label_temperature=1.0, tree="10,7,60", eval_tokens=256),
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.
     "real": Config(length=2048, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
-                   head_lr=5e-5, head_muon_lr=0.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1, warmup=1000, accumulate=2, seeds=1,
-                   tree="10,7,60"),
+                   head_lr=5e-5, head_muon_lr=0.0, label_temperature=1.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1, warmup=1000,
+                   accumulate=2, seeds=1, tree="10,7,60"),
 }
-
 
 
 def comments():
