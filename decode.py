@@ -25,7 +25,7 @@ from gto.errors import UserError, argument_parser, main_guard
 from gto.evaluate import synchronize
 from gto.load import load_head, load_target
 from gto.model import cast
-from gto.policy import load_policy
+from gto.policy import beside, load_policy
 from gto.show import show_tree
 from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
 from gto.tree import TreeShape
@@ -111,7 +111,7 @@ def main():
     if arguments.adaptive is None:
         engine = Engine(target, head, shape, sampling, capacity=capacity)
     else:
-        path = arguments.adaptive or Path(arguments.head).with_name(f"policy-{Path(arguments.head).name}")
+        path = arguments.adaptive or beside(arguments.head)
         engine = AdaptiveEngine(target, head, load_policy(path, arguments.tree and shape), sampling, capacity)
     if not arguments.chat:
         print(arguments.prompt, end="", flush=True)

@@ -5,6 +5,7 @@
     python -m gto.bench --target LLAMA --tokenizer LLAMA --chat --head EAGLE3 --tree 10,8,59 \\
         --prompts mt_bench/question.jsonl --limit 0 --max-new-tokens 512         the protocol of EAGLE's tables
     torchrun --nproc_per_node=2 -m gto.bench --target ...      a target split over two GPUs
+    python -m gto.bench --adaptive                             each head also with its policy from train.py --stage ltd
     python -m gto.bench --shape llama-3.1-8b                   how far a cycle is from the hardware's limit (GPU)
 
 All methods run in the same engine, prompt by prompt in turn, after one prompt of warm-up, batch 1, prefill left out.
@@ -20,12 +21,14 @@ import torch
 from tqdm import tqdm
 
 from gto import chat, parallel, plot, roofline
+from gto.adaptive import AdaptiveEngine
 from gto.data import read_prompts, write_text
 from gto.diagnose import dissect, halves
 from gto.engine import Engine, cut, one_thread_on_cpu
 from gto.errors import UserError, argument_parser, main_guard
 from gto.evaluate import timed
 from gto.load import load_head, load_target
+from gto.policy import beside, load_policy
 from gto.summary import mean, summary, tables
 from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
 from gto.tree import TreeShape
@@ -42,6 +45,7 @@ def parse_arguments(argv):
                         help=f"repeatable (default: {' '.join(HEADS)})")
     parser.add_argument("--tree", action="append", metavar="K,D,G", help="children,levels,nodes; repeatable, each head"
                         f" is run with each (default: {' '.join(TREES)})")
+    parser.add_argument("--adaptive", action="store_true", help="run each head also with its policy, policy-<file>")
     parser.add_argument("--tokenizer", default="data/stdlib", help="see gto/tokenizer.py for what can be named")
     parser.add_argument("--prompts", help="a question.jsonl; default: the held-out prompts beside the tokenizer")
     parser.add_argument("--limit", type=int, default=16, help="questions; 0: all of them (default: %(default)s)")
@@ -159,8 +163,9 @@ def divergences(target, results, plain):
     return found
 
 
-def benchmark(target, heads, trees, encoding, questions, arguments):
-    """heads {name: DraftHead}, trees [TreeShape], questions [[turn, ...]] -> the report, ready for JSON."""
+def benchmark(target, heads, trees, policies, encoding, questions, arguments):
+    """heads {name: DraftHead}, trees [TreeShape], policies {head name: policy}, questions [[turn, ...]] -> the report,
+    ready for JSON."""
     template = chat.guess_template(encoding) if arguments.chat else None
     stop = chat.stop_ids(template, encoding) if template else {end_of_text_id(encoding)}
     new_tokens = arguments.max_new_tokens
@@ -169,24 +174,31 @@ def benchmark(target, heads, trees, encoding, questions, arguments):
         return conversation(turns, answers, encoding, template, arguments.system)
 
     room = longest(questions, new_tokens, render, target.config.max_len)
-    capacity = room + 3 * max(tree.levels for tree in trees) + 2                      # `dissect` goes a little beyond
-    methods = {"plain": (None, None)}
-    methods |= {f"{name}, tree {tree}": (head, tree) for name, head in heads.items() for tree in trees}
+    levels = max(shape.levels for shape in [*trees, *(policy.space.shape for policy in policies.values())])
+    capacity = room + 3 * levels + 2                                                  # `dissect` goes a little beyond
+
+    def engines_at(sampling):
+        fixed = {"plain": Engine(target, None, None, sampling, capacity=capacity)}
+        fixed |= {f"{name}, tree {tree}": Engine(target, head, tree, sampling, capacity=capacity)
+                  for name, head in heads.items() for tree in trees}
+        return fixed | {f"{name}, adaptive": AdaptiveEngine(target, heads[name], policy, sampling, capacity)
+                        for name, policy in policies.items()}
+
+    methods = 1 + len(heads) * len(trees) + len(policies)
     device, temperatures = target.norm.weight.device, list(dict.fromkeys(arguments.temperature))
     report = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
               "torch": torch.__version__, "dtype": str(target.norm.weight.dtype).removeprefix("torch."),
               "questions": len(questions), "answers": sum(map(len, questions)), "max_new_tokens": new_tokens,
               "chat": template, "seed": arguments.seed, "rows": [], "divergences": []}
-    with tqdm(total=len(temperatures) * len(methods) * (report["answers"] + 1), desc="bench", unit="run",
+    with tqdm(total=len(temperatures) * methods * (report["answers"] + 1), desc="bench", unit="run",
               disable=parallel.rank() > 0) as bar:
         for temperature in temperatures:
             torch.manual_seed(arguments.seed)
-            engines = {name: Engine(target, head, tree, Sampling(temperature), capacity=capacity)
-                       for name, (head, tree) in methods.items()}
+            engines = engines_at(Sampling(temperature))
             results = run(engines, questions, render, room, new_tokens, stop, bar)
-            for name, (head, tree) in methods.items():
+            for name, engine in engines.items():
                 row = {"T": temperature, "method": name,
-                       **summary(results[name], results["plain"], tree.levels if head is not None else 0)}
+                       **summary(results[name], results["plain"], engine.shape.levels if engine.head else 0)}
                 if temperature == 0:
                     different = divergences(target, results[name], results["plain"])
                     row["equal"] = report["answers"] - len(different)
@@ -220,7 +232,9 @@ def load(arguments):
         raise UserError(f"the tokenizer has {encoding.n_vocab} tokens, target {target.config.vocab_size}: they do not "
                         "belong together; choose another --tokenizer")
     heads = {name: load_head(path, target, dtype).requires_grad_(False) for name, path in paths.items()}
-    return target, heads, trees, encoding, questions
+    policies = {name: load_policy(beside(path), device=arguments.device) for name, path in
+                (paths.items() if arguments.adaptive else ())}
+    return target, heads, trees, policies, encoding, questions
 
 
 def shape_report(arguments):

@@ -34,7 +34,8 @@ def read(path, kind, device="cpu"):
     """The contents of a checkpoint of this kind; a UserError if it is anything else."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist: train it first with python train.py, or name another file")
+        stage = " --stage ltd" if kind == "policy" else ""
+        raise UserError(f"{path} does not exist: make it with python train.py{stage}, or name another file")
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
         found = contents["kind"]

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from gto.engine import graph_of
+from gto.engine import Engine, graph_of
 from gto.tree import TreeShape
 
 
@@ -22,8 +22,8 @@ def greedy_depth(tree, greedy):
 
 
 def halves(engine):
-    """`draft() -> tree` and `check(tree)` of an engine, on a GPU as one CUDA graph each: see `graphs`."""
-    return graphs(engine) if engine.device.type == "cuda" else (engine.draft, engine.check)
+    """`draft() -> tree` and `check(tree)` of an engine, on a GPU as one CUDA graph each, if that can be: see `graphs`."""
+    return graphs(engine) if engine.device.type == "cuda" and engine.fixed else (engine.draft, engine.check)
 
 
 @torch.no_grad()
@@ -102,6 +102,6 @@ def greedy_path(engine, tree):
     head's cache is written with the same values."""
     shape = engine.shape
     engine.shape = TreeShape(1, shape.levels, shape.levels)
-    greedy = engine.draft()
+    greedy = Engine.draft(engine)                                 # of this shape, also where a policy drafts
     engine.shape = shape
     return greedy.tokens[0, 1:], greedy_depth(tree, greedy)

@@ -5,6 +5,7 @@ stop drafting here? and, once stopped, which of the sizes to verify? None of thi
 is verified, the tokens are the target's.
 """
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -137,6 +138,11 @@ def save_policy(path, learned, costs, rate, chosen):
     """One file holds the learned policy and what the rule needs; `chosen` ("ltd" or "rule") was the faster one."""
     save(path, kind="policy", space=asdict(learned.space), hidden=learned.hidden, model=learned.state_dict(),
          costs=list(costs), rate=rate, chosen=chosen)
+
+
+def beside(head_path):
+    """Where train.py --stage ltd leaves the policy for a head: policy-<head's file>, in the same folder."""
+    return Path(head_path).with_name(f"policy-{Path(head_path).name}")
 
 
 def load_policy(path, shape=None, device="cpu"):

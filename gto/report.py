@@ -94,7 +94,7 @@ def speed_of(target, heads, prompts, T, config):
     plain = {("ar", None): engine(None, None)}
     trees = list(dict.fromkeys((*SPEED_TREES, config.tree)))
     tried = speeds({(name, tree): engine(head, tree) for name, head in heads.items() for tree in trees},
-                   prompts[:CHOOSING], config.eval_tokens, desc=f"fastest tree, T={T:g}")
+                   prompts[:CHOOSING], config.eval_tokens // 2, desc=f"fastest tree, T={T:g}")
     fastest = {name: max(trees, key=lambda tree: tried[name, tree].mean()) for name in heads}
     measured = speeds(plain | {(name, fastest[name]): engine(head, fastest[name]) for name, head in heads.items()},
                       prompts[CHOOSING:CHOOSING + TIMED], config.eval_tokens, desc=f"speed, T={T:g}")

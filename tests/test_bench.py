@@ -14,6 +14,7 @@ from gto.diagnose import dissect, graphs, greedy_depth, halves
 from gto.engine import Engine
 from gto.errors import UserError
 from gto.evaluate import timed
+from gto.policy import Costs, Learned, Space, save_policy
 from gto.summary import summary
 from gto.tokenizer import END_OF_TEXT, GPT2_PATTERN, describe, make_encoding
 from gto.tree import Tree, TreeShape, ancestor_mask
@@ -178,17 +179,21 @@ def files(tmp_path_factory):
     target, head = tiny_models(vocab=257)
     checkpoint.save_model(folder / "target.pt", target)
     checkpoint.save_model(folder / "head.pt", head)
+    torch.manual_seed(0)
+    costs = Costs(torch.ones(1, 4), torch.ones(1, 4, 3))
+    save_policy(folder / "policy-head.pt", Learned(Space(3, 4, (0, 5, 9)), 16), costs, 1.0, "ltd")
     return folder, ["--target", f"{folder}/target.pt", "--head", f"tiny={folder}/head.pt", "--tokenizer", str(folder),
                     "--device", "cpu"]
 
 
 def test_whole_benchmark(files, capsys, tmp_path):
     folder, flags = files
-    bench.main([*flags, "--tree", "1,3,3", "--tree", "3,3,6", "--max-new-tokens", "12", "--json", f"{tmp_path}/b.json"])
+    bench.main([*flags, "--tree", "1,3,3", "--tree", "3,3,6", "--adaptive", "--max-new-tokens", "12", "--json",
+                f"{tmp_path}/b.json"])
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1])
     assert report == json.loads((tmp_path / "b.json").read_text())
-    methods = ["plain", "tiny, tree 1,3,3", "tiny, tree 3,3,6"]
+    methods = ["plain", "tiny, tree 1,3,3", "tiny, tree 3,3,6", "tiny, adaptive"]
     assert [(row["T"], row["method"]) for row in report["rows"]] == [(t, m) for t in (0.0, 1.0) for m in methods]
     assert report["answers"] == 3 and not report["divergences"]
     for row in report["rows"]:
@@ -197,7 +202,7 @@ def test_whole_benchmark(files, capsys, tmp_path):
         assert f"| {row['T']:g} | {row['method']} | {row['tau']:.2f}" in out
         assert row["method"] != "plain" or row["tau"] == 1 and row["speedup"] == [1, 1, 1]
         assert row["T"] == 1 or row["equal"] == 3
-    assert "Greedy answers equal to plain decoding's: 6 of 6" in out
+    assert "Greedy answers equal to plain decoding's: 9 of 9" in out
 
 
 def test_second_turns_follow_plain_decodings_answer(files, monkeypatch):
@@ -209,6 +214,13 @@ def test_second_turns_follow_plain_decodings_answer(files, monkeypatch):
     first, second = seen[2:4], seen[4:]                           # behind the warm-up: plain, then tiny
     assert [prompt for prompt, _ in first] == [[*b"def f("]] * 2
     assert [prompt for prompt, _ in second] == [[*b"def f(", *first[0][1]["answer"], *b"again"]] * 2
+
+
+def test_a_head_without_policy(files, tmp_path):
+    folder, flags = files
+    (tmp_path / "head.pt").write_bytes((folder / "head.pt").read_bytes())
+    with pytest.raises(UserError, match="policy-head.pt does not exist: make it with python train.py --stage ltd"):
+        bench.main([*flags, "--head", f"bare={tmp_path}/head.pt", "--adaptive"])
 
 
 def test_figure(files, tmp_path):
