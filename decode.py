@@ -73,17 +73,19 @@ def read_prompt(arguments):
     return encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}, encoding
 
 
-def decode(engine, encoding, prompt, max_new_tokens, stop, show):
-    """Returns the new tokens, the tokens that each cycle emitted and the seconds after prefill."""
+def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
+    """Returns the new tokens, the tokens that each cycle emitted and the seconds after prefill. show: a text to print
+    before them (once the prompt has proved to be fit); None: print nothing."""
     decoder, tokens, cycles, began = StreamDecoder(encoding), [], [], None
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
         if began is None:
             synchronize(engine.device)
             began = time.perf_counter()
+            print(show or "", end="", flush=True)
         else:
             cycles.append(len(new))
         tokens += new
-        if show:
+        if show is not None:
             green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
             accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
             print(f"{green}{accepted}{plain}{added}", end="", flush=True)
@@ -113,9 +115,8 @@ def main():
     else:
         path = arguments.adaptive or beside(arguments.head)
         engine = AdaptiveEngine(target, head, load_policy(path, arguments.tree and shape), sampling, capacity)
-    if not arguments.chat:
-        print(arguments.prompt, end="", flush=True)
-    tokens, cycles, seconds = decode(engine, encoding, prompt, arguments.max_new_tokens, stop, show=True)
+    tokens, cycles, seconds = decode(engine, encoding, prompt, arguments.max_new_tokens, stop,
+                                     show="" if arguments.chat else arguments.prompt)
     rate, tau = (len(tokens) - 1) / max(seconds, 1e-9), (len(tokens) - 1) / max(len(cycles), 1)
     result = {"text": encoding.decode(tokens), "token_ids": tokens, "acceptance_lengths": cycles, "tau": tau,
               "tokens_per_second": rate}
@@ -124,7 +125,7 @@ def main():
     if arguments.compare:
         torch.manual_seed(arguments.seed)
         plain, _, seconds = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt,
-                                   arguments.max_new_tokens, stop, show=False)
+                                   arguments.max_new_tokens, stop)
         plain_rate = (len(plain) - 1) / max(seconds, 1e-9)
         same = "" if sampling.temperature else "the same tokens, " if plain == tokens else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain_rate:.0f} tokens/s; speed-up {rate / plain_rate:.2f}", file=figures)

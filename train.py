@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from gto import checkpoint, config as configs, ltd, parallel, report, stages
 from gto.conversations import encode_conversations
-from gto.data import ensure_data
+from gto.data import Corpus, ensure_data
 from gto.errors import UserError, argument_parser, main_guard
 from gto.experiment import head_in, remember_config, run_name, texts_in
 from gto.load import load_head, load_target
@@ -84,16 +84,15 @@ def released_target(arguments, config, out, device):
 
 def own_target(arguments, config, out, device):
     """The corpus, the target trained on it and, unless the stage is "target", the texts that it writes."""
-    if arguments["stage"] is None and arguments["preset"] == "laptop" and not (out / "target.pt").exists():
-        print("About twelve minutes on two cores: target 4 to 5, its text 0.6, draft head 2, GTO and control 2, the table"
-              " 2.", flush=True)
     name = arguments["data"] or f"data/{config.dataset}"
-    sizes = () if arguments["data"] else (config.dataset, config.vocab_size)         # a named one is what it is
-    if parallel.rank() == 0:
-        ensure_data(name, *sizes)
+    if parallel.rank() == 0 and not arguments["data"]:
+        ensure_data(name, config.dataset, config.vocab_size)
     parallel.wait()
-    corpus = ensure_data(name, *sizes)
+    corpus = Corpus(name)                                                             # a named one must be there
     remember_config(out, config)
+    if arguments["stage"] is None and arguments["preset"] == "laptop" and not (out / "target.pt").exists():
+        print("About twelve minutes on two cores: target 4, its text 0.6, draft head 2, GTO and control 2.5, the table 2.",
+              flush=True)
     if not parallel.exists(out / "target.pt"):
         target, seconds = stages.train_target(config, corpus, out, device)
         checkpoint.save_model(out / "target.pt", target)

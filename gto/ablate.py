@@ -27,27 +27,26 @@ import torch
 from gto import checkpoint, compare, stages
 from gto.ceilings import calibration, rerank_tau, self_tau
 from gto.config import Config
-from gto.data import ensure_data
+from gto.data import Corpus
 from gto.errors import UserError, argument_parser, main_guard
 from gto.fixed_text import best_score_temp, every_other, tau, write
 from gto.report import SCORE_TEMPS
 from gto.trainer import append_log
 from gto.tree import TreeShape
 
-SHARP = {"label_temperature": 0.3}
+SHARP, SOFT = {"label_temperature": 0.3}, {"label_temperature": 1.0}
 CUT, DISTILL = {"objective": "cut", "tree_clip": 0.1}, {"objective": "distill", "tree_clip": 0.1}
 GREEDY = {"reward_temperature": 0.0, **SHARP}
 
 # name: what differs from out/config.json. The runs of a table are in order of importance.
 TABLES = {
-    "objectives": {"control": {}, "control-sharp": SHARP, "gto": {}, "cut": CUT, "tv": {"objective": "tv"},
-                   "gto-sharp": SHARP, "cut-greedy": CUT | GREEDY, "tv-sharp": {"objective": "tv", **SHARP},
+    "objectives": {"control": {}, "control-sharp": SHARP, "control-soft": SOFT, "gto": {}, "gto-sharp": SHARP,
+                   "cut": CUT, "tv": {"objective": "tv"}, "cut-greedy": CUT | GREEDY, "tv-sharp": {"objective": "tv", **SHARP},
                    "distill": DISTILL, "distill-greedy": DISTILL | GREEDY},
     "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
     "debias": {"no-debias": {"debias": False}},
     "omega": {"omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}, "tree-clip": {"tree_clip": 0.1}},
-    "labels": {"control-0.6": {"label_temperature": 0.6}},
 }
 RECIPES = {name: changes for table in TABLES.values() for name, changes in table.items()}
 OTHER_TREES = "control", "gto"         # these are also measured with the trees around the one trained with
@@ -106,7 +105,7 @@ def load(arguments):
     (out / "setting.json").write_text(json.dumps(same, indent=1))
     if device == "cuda":
         stages.cast(target, torch.bfloat16)
-    corpus = ensure_data(arguments.data or f"data/{config.dataset}")
+    corpus = Corpus(arguments.data or f"data/{config.dataset}")
     prompts = [corpus.encoding.encode_ordinary(text)[:64] for text in corpus.prompts(2 * config.eval_prompts)]
     half, levels = min(config.eval_prompts, len(prompts) // 2), shape.levels + 1      # Table 7 has a deeper tree
     test = {T: write(target, prompts[:half], config.eval_tokens, T, levels) for T in SCORE_TEMPS}

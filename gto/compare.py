@@ -3,14 +3,13 @@ import torch
 
 from gto.summary import markdown
 
-CONTROLS = "control", "control-sharp", "control-0.6"
+CONTROLS = "control", "control-sharp", "control-soft"       # by the temperature of their labels
 TITLES = {"objectives": "Objectives, and the continuation of token-level training (Table 6)",
           "groups": "Group size, 128 positions per sequence in all (Table 4; m=8 is gto)",
           "aggregator": "Aggregator of the reward (Table 3; lse is gto)", "debias": "Debiasing (Table 5)",
-          "omega": "Weight of the GTO loss (omega=0.5 is gto), and its gradient clipped alone",
-          "labels": "Labels"}
+          "omega": "Weight of the GTO loss (omega=0.5 is gto), and its gradient clipped alone"}
 BESIDE = {"objectives": ["draft"], "groups": ["control", "gto"], "aggregator": ["control", "gto"],
-          "debias": ["control", "gto"], "omega": ["control", "gto"], "labels": ["control", "control-sharp"]}
+          "debias": ["control", "gto"], "omega": ["control", "gto"]}
 # 97.5 % points of Student's t by degrees of freedom; in between the one before holds, which is the wider
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 20: 2.09, 30: 2.04}
 
@@ -108,14 +107,14 @@ def trees_table(results):
     return markdown(["T", "tree", "control", "gto", "difference"], rows) if rows else ""
 
 
-def calibration_control(results):
+def calibration_control(results, config):
     """Labels and scores sharpened, T=0: a score temperature gives for nothing what sharper labels are trained for."""
-    rows, labels = [], {"draft": "", "control": "1", "control-0.6": "0.6", "control-sharp": "0.3", "gto": "1",
-                        "gto-sharp": "0.3"}
-    for name, temperature in labels.items():
-        runs = [run["T=0"]["tuned"] for run in results.get(name, [])]
-        if runs:
-            rows.append([name, temperature, *(f"{sum(run[s] for run in runs) / len(runs):.3f}" for s in runs[0])])
+    rows = []
+    for name in ("draft", *CONTROLS, "gto", "gto-sharp"):
+        if runs := results.get(name):
+            labels = runs[0].get("changes", {}).get("label_temperature", config.label_temperature)
+            tuned = [run["T=0"]["tuned"] for run in runs]
+            rows.append([name, f"{labels:g}", *(f"{sum(t[s] for t in tuned) / len(tuned):.3f}" for s in tuned[0])])
     return markdown(["T=0", "label temp.", *(f"score temp. {s}" for s in results["draft"][0]["T=0"]["tuned"])], rows)
 
 
@@ -133,7 +132,7 @@ def tables(results, recipes, config):
     if trees := trees_table(results):
         parts.append("### Other trees at inference (Table 7), on the prompts that choose the score temperature\n\n" + trees)
     parts.append("### Score temperature against label temperature, on the prompts that choose the first\n\n"
-                 + calibration_control(results))
+                 + calibration_control(results, config))
     return "\n\n".join(parts)
 
 

@@ -21,7 +21,7 @@ class Config:
     kv_heads: int = 2
     head_dim: int = 32
     ffn_dim: int = 256
-    target_steps: int = 720
+    target_steps: int = 680
     target_batch: int = 4
     muon_lr: float = 0.02          # hidden matrices
     adam_lr: float = 3e-2          # embedding and norms: at small rates the tied embedding is what learns too slowly
@@ -42,7 +42,7 @@ class Config:
     label_temperature: float = 0.5  # below 1: labels sharpened towards the target's arg-max; 1: EAGLE-3's
 
     # phase II: Group Tree Optimization
-    gto_steps: int = 18
+    gto_steps: int = 15
     gto_batch: int = 2             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     groups: int = 16               # K, per sequence

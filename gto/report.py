@@ -41,7 +41,8 @@ def table(config, target, heads, corpus, out):
         name: seconds_of(out, name) for name in ("target", *heads)}, "tree": config.tree, "prompts": len(prompts)}
     taus = {}
     for T in SCORE_TEMPS:
-        test, tune = (write(target, p, new_tokens, T, shape.levels, seed=i) for i, p in enumerate((prompts, others)))
+        test = write(target, prompts, new_tokens, T, shape.levels)
+        tune = write(target, others, new_tokens // 2, T, shape.levels, seed=1)
         if T == 0:
             results["distinct_tokens"], results["greedy_equal"] = losslessness(target, heads["gto"][0], test, prompts,
                                                                                shape, new_tokens)

@@ -146,13 +146,14 @@ def test_show_tree_draws_what_decoding_does(trained, temperature):
     (["train.py", "--preset", "huge"], "no preset 'huge'"),
     (["train.py", "--nonsense", "1"], "--nonsense"),
     (["train.py", "--tree", "1,1,5", "--out-dir", "out/y", "--data", "data/x"], "5 nodes"),
-    (["train.py", "--data", "empty", "--out-dir", "out/y"], "empty"),
+    (["train.py", "--data", "empty", "--out-dir", "out/y"], "empty holds no prepared data"),
+    (["train.py", "--data", "note", "--out-dir", "out/y"], "note holds no prepared data"),
 ])
 def test_bad_input_is_one_line_and_status_2(trained, arguments, message):
     folder, _ = trained
     (folder / "cut.pt").write_bytes((folder / "out/x/target.pt").read_bytes()[:5000])
-    (folder / "empty").mkdir(exist_ok=True)
-    (folder / "empty/note.txt").write_text("no data here")
+    (folder / "empty").mkdir(exist_ok=True), (folder / "note").mkdir(exist_ok=True)
+    (folder / "note/note.txt").write_text("no data here")
     result = run(ROOT / arguments[0], *arguments[1:], cwd=folder)
-    assert result.returncode == 2
+    assert result.returncode == 2 and result.stdout == "" and not (folder / "out/y").exists()
     assert message in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
