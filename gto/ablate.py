@@ -34,15 +34,18 @@ from gto.report import SCORE_TEMPS
 from gto.trainer import append_log
 from gto.tree import TreeShape
 
-SHARP, SOFT = {"label_temperature": 0.3}, {"label_temperature": 1.0}
+SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
+KEEP = {"objective": "keep", "omega": 3.0}
 CUT, DISTILL = {"objective": "cut", "tree_clip": 0.1}, {"objective": "distill", "tree_clip": 0.1}
 GREEDY = {"reward_temperature": 0.0, **SHARP}
 
 # name: what differs from out/config.json. The runs of a table are in order of importance.
 TABLES = {
-    "objectives": {"control": {}, "control-sharp": SHARP, "control-soft": SOFT, "gto": {}, "gto-sharp": SHARP,
-                   "cut": CUT, "tv": {"objective": "tv"}, "cut-greedy": CUT | GREEDY, "tv-sharp": {"objective": "tv", **SHARP},
-                   "distill": DISTILL, "distill-greedy": DISTILL | GREEDY},
+    "objectives": {"control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
+                   "gto": {}, "keep": KEEP, "keep-sharp": KEEP | SHARP, "keep-deep": KEEP | SHARP | DEEP,
+                   "cut-greedy": CUT | GREEDY, "tv": {"objective": "tv"}, "gto-sharp": SHARP,
+                   "tv-sharp": {"objective": "tv", **SHARP}, "cut": CUT, "distill": DISTILL,
+                   "distill-greedy": DISTILL | GREEDY},
     "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
     "debias": {"no-debias": {"debias": False}},
@@ -126,8 +129,12 @@ def read_results(out):
 # One run -----------------------------------------------------------------------------------------------------------
 
 def kind(name):
-    """Runs of one kind cost the same per step."""
     return "token" if name.startswith("control") else RECIPES[name].get("objective", "gto")
+
+
+def pace_of(name):
+    """Runs of one pace cost the same per step."""
+    return kind(name) + ("-deep" if "unroll" in RECIPES[name] else "")
 
 
 def train(setting, name, steps, seed, out):
@@ -178,25 +185,25 @@ def measure_ceilings(setting):
 
 # The plan ----------------------------------------------------------------------------------------------------------
 
-def measure_paces(setting, kinds, rounds=3):
-    """Seconds of a step by kind: the median over rounds of two steps in turn, after one round of warm-up."""
-    example = {kind(name): name for name in reversed(RECIPES)}
-    found = {k: [] for k in kinds}
+def measure_paces(setting, paces, rounds=3):
+    """Seconds of a step by pace: the median over rounds of two steps in turn, after one round of warm-up."""
+    example = {pace_of(name): name for name in reversed(RECIPES)}
+    found = {k: [] for k in paces}
     with tempfile.TemporaryDirectory() as nowhere:
         for _ in range(rounds + 1):
-            for k in kinds:
+            for k in paces:
                 found[k].append(train(setting, example[k], 2, 0, nowhere)[1] / 2)
     return {k: statistics.median(values[1:]) for k, values in found.items()}
 
 
 def plan(setting, names, arguments):
-    """Steps by kind, measured once: a continued experiment trains all its runs for as long as the first. -> plan."""
+    """Steps by pace, measured once: a continued experiment trains all its runs for as long as the first. -> plan."""
     path = setting.out / "plan.json"
     known = json.loads(path.read_text()) if path.exists() else {"pace": {}, "steps": arguments.steps}
     if path.exists() and arguments.steps not in (None, known["steps"]):
         raise UserError(f"{setting.out} was begun with --steps {known['steps']}: leave --steps out, or choose another"
                         " --name")
-    missing = [k for k in dict.fromkeys(["gto", *map(kind, names)]) if k not in known["pace"]]
+    missing = [k for k in dict.fromkeys(["gto", *map(pace_of, names)]) if k not in known["pace"]]
     if missing:
         known["pace"] |= measure_paces(setting, missing)
     if "evaluation" not in known:
@@ -216,7 +223,7 @@ def evaluation_seconds(known, names):
 
 
 def steps_of(known, name):
-    return max(1, round(known["steps"] * known["pace"]["gto"] / known["pace"][kind(name)]))
+    return max(1, round(known["steps"] * known["pace"]["gto"] / known["pace"][pace_of(name)]))
 
 
 def minutes_of(known, names):

@@ -3,7 +3,7 @@ import torch
 
 from gto.summary import markdown
 
-CONTROLS = "control", "control-sharp", "control-soft"       # by the temperature of their labels
+CONTROLS = "control", "control-sharp", "control-soft", "control-deep"
 TITLES = {"objectives": "Objectives, and the continuation of token-level training (Table 6)",
           "groups": "Group size, 128 positions per sequence in all (Table 4; m=8 is gto)",
           "aggregator": "Aggregator of the reward (Table 3; lse is gto)", "debias": "Debiasing (Table 5)",

@@ -47,7 +47,7 @@ class Config:
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     groups: int = 16               # K, per sequence
     group_size: int = 8            # m adjacent positions
-    objective: str = "gto"         # gto, cut, distill or tv: see gto/loss.py
+    objective: str = "gto"         # gto, keep, cut, distill or tv: see gto/loss.py
     omega: float = 0.5             # L = L_token + omega * L_objective
     tree_clip: float = 0.0         # gradient norm of the objective's part alone; 0: clipped only together with L_token's
     reward_temperature: float = 1.0  # cut, distill: the decoding temperature whose acceptance counts; 0: greedy
@@ -101,8 +101,8 @@ def preset(name, **changes):
         raise UserError(f"objective cut trains what the re-ranking drops, but tree {shape} keeps all: choose fewer nodes")
     if config.accumulate > 1 and config.tree_clip:
         raise UserError("--tree-clip clips one batch's gradient at a time: leave it out, or --accumulate")
-    if config.objective not in ("gto", "cut", "distill", "tv"):
-        raise UserError(f"no objective '{config.objective}': choose gto, cut, distill or tv")
+    if config.objective not in ("gto", "keep", "cut", "distill", "tv"):
+        raise UserError(f"no objective '{config.objective}': choose gto, keep, cut, distill or tv")
     if config.aggregator not in ("lse", "max", "mean", "expected"):
         raise UserError(f"no aggregator '{config.aggregator}': choose lse, max, mean or expected")
     if config.heads % config.kv_heads or config.head_dim % 2:

@@ -2,7 +2,7 @@
 
 Swap one function and you have another method: the reward's aggregator is in `kernels.acceptance.tree_reward`
 (eq. 3-5); what a reward is compared with is in `debias` and `advantages`; what the gradient flows through is in
-`ratio` and `surrogate`. The last three functions are objectives that do without rewards and ratios.
+`ratio` and `surrogate`. The last four functions are objectives that do without rewards and ratios.
 """
 import torch
 
@@ -67,6 +67,19 @@ def chain_loss(log_q, labels, weight):
     counts if all before it were. log_q, labels [B, R, J, V'], weight [B, R, J] as in `token_loss` -> scalar."""
     accepted = torch.minimum(labels, log_q.exp()).sum(-1) * weight                    # [B, R, J]
     return -accepted.cumprod(-1).sum(-1).mean()
+
+
+def keep_loss(log_q, labels, on_path, threshold=-5.0, width=1.0, temperature=0.7):
+    """"keep": how much of the target's greedy path the re-ranking keeps, without drafting a tree.
+
+    A step's path score is compared with that of the last node a tree keeps, taken for a constant, and the step function
+    is made soft. As in acceptance, a step counts only with all before it; one far above the cut gets no gradient.
+    log_q, labels [B, R, J, V'] as in `token_loss`; on_path [B, R, J] bool: the chain so far is the target's own choice
+    and can be drafted; threshold, width in nats; temperature of the scores -> scalar
+    """
+    score = torch.log_softmax(log_q / temperature, -1).gather(-1, labels.argmax(-1, keepdim=True)).squeeze(-1)
+    path = score.masked_fill(~on_path, 0.0).cumsum(-1)                                # [B, R, J]
+    return -(torch.sigmoid((path - threshold) / width) * on_path).sum(-1).mean()
 
 
 def cut_loss(scores, P, nodes, width=0.5):

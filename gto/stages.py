@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from gto import parallel
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
-from gto.loss import advantages, chain_loss, debias, ratio, soft_labels, surrogate, token_loss
+from gto.loss import advantages, chain_loss, debias, keep_loss, ratio, soft_labels, surrogate, token_loss
 from gto.model import ModelConfig, Target, cast
 from gto.muon import Muon
 from gto.objectives import candidate_loss
@@ -119,6 +119,14 @@ def learnt_places(supervised, unroll):
     return chain.cumprod(-1)[..., 1:].bool()
 
 
+def greedy_places(text, weight):
+    """The steps [B, R, J+1] bool whose chain so far is what the target itself would choose, and is learnt throughout."""
+    B, R, steps = weight.shape
+    own = text.logits[:, :-1].argmax(-1) == text.tokens[:, 1:]                        # [B, T-1] of token t+1
+    slots = torch.arange(R, device=own.device)[:, None] + torch.arange(1, steps, device=own.device)   # [R, J]
+    return (F.pad(own[:, slots], (1, 0), value=True) & weight).cumprod(-1).bool()
+
+
 def unrolled_token_loss(config, head, text):
     """L_token of one batch. -> scalar."""
     return token_loss(*unroll_text(config, head, text))
@@ -161,6 +169,9 @@ def train_head(name, config, target, head, texts, steps, rate, batch, seed, out,
             return loss, {}
         if config.objective == "gto":
             extra, figures = group_loss(config, target, head, reference, text, roots, groups_weight)
+        elif config.objective == "keep":
+            on_path = greedy_places(text, unrolled[2])
+            extra, figures = keep_loss(*unrolled[:2], on_path) * on_path[..., 0].numel() / total[0], {}
         elif config.objective == "tv":
             extra, figures = chain_loss(*unrolled) * unrolled[2][..., 0].numel() / total[0], {}
         else:

@@ -10,10 +10,11 @@ import torch
 from gto import ablate, ceilings, checkpoint, compare, data, stages
 from gto.candidates import path_log_prob
 from gto.config import Config, preset
+from gto.engine import Engine
 from gto.errors import UserError
 from gto.evaluate import acceptance
 from gto.fixed_text import tau, write
-from gto.loss import chain_loss, cut_loss, distill_loss
+from gto.loss import chain_loss, cut_loss, distill_loss, keep_loss
 from gto.model import Prefix
 from gto.objectives import candidate_loss
 from gto.rollout import read, sample_groups
@@ -151,6 +152,36 @@ def test_chain_loss_is_minus_the_expected_accepted_drafts():
     assert found.item() == pytest.approx(-total, abs=1e-5)
 
 
+def test_keep_loss_counts_the_greedy_path_above_the_cut():
+    """With a hard cut: by loops, the steps of each chain whose path score is above it, as long as it follows the target."""
+    target, head = tiny_models(seed=6)
+    own = torch.randint(29, (3, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = Engine(target, None, batch=3, capacity=20)
+    for new in engine.generate([list(row) for row in own], 14):
+        for row, tokens in zip(own, new):
+            row += tokens
+    tokens = torch.tensor(own)
+    tokens[:, 13] = (tokens[:, 13] + 1) % 29                      # here the text leaves the target's choice
+    text, config = read(target, tokens), Config(unroll=2)
+    log_q, labels, weight = stages.unroll_text(config, head, text)
+    on_path = stages.greedy_places(text, weight)
+    (B, R, J), choice, count, steps = weight.shape, text.logits.argmax(-1), 0, 0
+    score = (log_q / 0.7).log_softmax(-1)
+    for b, r in itertools.product(range(B), range(R)):
+        path = 0.0
+        for j in range(J):
+            if not weight[b, r, j] or j and tokens[b, r + 1 + j] != choice[b, r + j]:
+                break
+            steps += 1
+            path += score[b, r, j, labels[b, r, j].argmax()].item()
+            count += path > -5
+    assert on_path.sum() == steps and 0 < count < steps < B * R * J
+    assert keep_loss(log_q, labels, on_path, width=1e-6).item() == pytest.approx(-count / (B * R))
+    loss = keep_loss(log_q, labels, on_path)
+    loss.backward()
+    assert head.fc.weight.grad.abs().max() > 0
+
+
 def test_distill_loss_is_least_where_the_head_is_the_target():
     parents = torch.tensor([[0, 0, 1, 1, 2, 2]])
     T = torch.tensor([0.7, 0.3, 0.4, 0.6, 0.9, 0.1])
@@ -165,8 +196,8 @@ def test_distill_loss_is_least_where_the_head_is_the_target():
     torch.testing.assert_close(logits.softmax(-1).flatten(), T, atol=0.01, rtol=0.01)
 
 
-@pytest.mark.parametrize("changes", [dict(objective="gto", debias=False), dict(objective="tv"), dict(objective="cut"),
-                                     dict(objective="distill")], ids=lambda c: c["objective"])
+@pytest.mark.parametrize("changes", [dict(objective="gto", debias=False), dict(objective="keep"), dict(objective="tv"),
+                                     dict(objective="cut"), dict(objective="distill")], ids=lambda c: c["objective"])
 def test_every_objective_trains(tmp_path, changes):
     """The objective's gradient reaches the head, is clipped alone and added to the token loss's."""
     target, reference = tiny_models(seed=6)
