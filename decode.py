@@ -42,7 +42,8 @@ def parse_arguments():
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder; data/stdlib for a target trained here")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", help="children,levels,nodes; 1,n,n is a chain (default: 2,2,3, good on a CPU)")
+    parser.add_argument("--tree", help="children,levels,nodes; 1,n,n is a chain (default: 2,4,8, on a GPU"
+                        " 10,7,60)")
     parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
                         " default: the one that python train.py --stage ltd left for the head")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -99,7 +100,7 @@ def main():
     torch.manual_seed(arguments.seed)
     one_thread_on_cpu(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    shape = TreeShape.parse(arguments.tree or "2,2,3")
+    shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
     if not arguments.prompt:
         raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
     parallel.start(arguments.device)

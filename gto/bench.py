@@ -35,7 +35,7 @@ from gto.tree import TreeShape
 from gto.verify import Sampling
 
 HEADS = ("control=out/control.pt", "gto=out/gto.pt")
-TREES = ("2,2,3", "8,5,24")
+TREES = ("2,4,8", "8,5,24")
 
 
 def parse_arguments(argv):

@@ -1,6 +1,6 @@
 """Learning to Draft on this machine: record, measure, learn, and a table beside every simpler way to choose.
 
-About two minutes on two quiet CPU cores for two heads, half of it for the table.
+About four minutes on two quiet CPU cores for two heads, most of it for the table.
 """
 import itertools
 import time
@@ -24,8 +24,7 @@ HIDDEN = {"cpu": 128, "cuda": 1024}       # the paper's 1024 trains for minutes 
 TRAIN, VALIDATE, PROMPT = 64, 16, 64      # training texts to record, texts to choose by, tokens each begins with
 STEPS, ROUNDS = 30_000, 2                 # of each policy in each round; the paper trains 1.1 M steps
 GAMMA = {"depth": 0.999, "size": 0.9}     # the paper's; a size is the only decision of its episode
-LIVE = 8                                  # held-out prompts decoded for the clock; all of them are replayed
-DEFAULT_TREE = "2,2,3"                    # decode.py's
+LIVE = {0.0: 16, 1.0: 8}                  # held-out prompts decoded for the clock, by temperature; all are replayed
 
 
 def learn(recording, costs, space, hidden, rate, seed, progress=lambda updates: updates):
@@ -142,8 +141,8 @@ def live(engines, prompts, new_tokens):
 def engines_of(config, target, head, policies, sampling, fixed):
     """Everything that is compared, by name. fixed: the TreeShape of the policy "best fixed"."""
     capacity = PROMPT + config.eval_tokens + 16
-    trees = {f"default tree {DEFAULT_TREE}": TreeShape.parse(DEFAULT_TREE),
-             f"tree {config.tree}": TreeShape.parse(config.tree), "best fixed": fixed}
+    default = TreeShape.default(target.norm.weight.device)
+    trees = {f"default tree {default}": default, f"tree {config.tree}": TreeShape.parse(config.tree), "best fixed": fixed}
     return {"plain": Engine(target, None, None, sampling, capacity=capacity),
             **{name: Engine(target, head, shape, sampling, capacity=capacity) for name, shape in trees.items()},
             **{name: AdaptiveEngine(target, head, policies[name], sampling, capacity) for name in ("rule", "LTD")}}
@@ -152,14 +151,14 @@ def engines_of(config, target, head, policies, sampling, fixed):
 def live_table(config, target, methods, costs, held_out, out):
     """methods {head name: (head, {name: policy}, recording of the held-out prompts)} -> Markdown."""
     places, notes = config.eval_tokens, []
-    lines = [f"Batch 1, {LIVE} held-out prompts x {places} tokens, prefill left out, everything in turn in one run;"
-             f" over best fixed: mean of the prompts ± standard error. Replayed: {len(held_out)} held-out prompts at T=0.\n",
+    lines = [f"Batch 1, {LIVE[0.0]} held-out prompts at T=0 and {LIVE[1.0]} at T=1 x {places} tokens, prefill"
+             f" left out, everything in turn in one run; over best fixed: mean of the prompts ± standard error. Replayed: {len(held_out)} held-out prompts at T=0.\n",
              "| T | head | | tau | tokens/s | over best fixed, % | replayed |", "|---|---|---|---|---|---|---|"]
     for temperature, (name, (head, policies, held)) in itertools.product((0.0, 1.0), methods.items()):
         level, size, space = policies["best fixed"].level, policies["best fixed"].choice, policies["LTD"].space
         fixed = TreeShape(space.branch, level, space.nodes(level, size))
         engines = engines_of(config, target, head, policies, Sampling(temperature), fixed)
-        results = live(engines, held_out[:LIVE], places)
+        results = live(engines, held_out[:LIVE[temperature]], places)
         speed = {key: tokens / took for key, (tokens, took, _) in results.items()}    # [prompts]
         for key, (tokens, took, cycles) in results.items():
             gain, error = paired(100 * speed[key] / speed["best fixed"], torch.full_like(speed[key], 100.0))
@@ -167,7 +166,7 @@ def live_table(config, target, methods, costs, held_out, out):
             replayed = None
             if temperature == 0 and key in policies:
                 replayed = replay(held, costs, policies[key])[0]
-                notes.append(check(name, key, replay(part(held, 0, LIVE), costs, policies[key]), rate, tau))
+                notes.append(check(name, key, replay(part(held, 0, LIVE[0.0]), costs, policies[key]), rate, tau))
             lines.append(f"| {temperature:g} | {name} | {key}{f' {fixed}' if key == 'best fixed' else ''} | {tau:.2f} |"
                          f" {rate:.0f} | {gain:+.1f} ± {error:.1f} | {f'{replayed:.0f}' if replayed else ''} |")
             append_log(out / "log.jsonl", table="ltd", T=temperature, head=name, method=key, tau=tau, tokens_per_s=rate,
