@@ -34,4 +34,5 @@ class AdaptiveEngine(Engine):
             seen = observe(draft.scores, self.length, space).cpu()
         nodes = space.nodes(len(draft.scores), int(self.policy.size(seen)))
         self.decisions.append((len(draft.scores), nodes, seen))
+        self.width = min(len(draft.scores), nodes) + 1             # no more can be accepted: the less is to be copied
         return trim(self, draft, root, nodes)

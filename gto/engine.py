@@ -30,7 +30,7 @@ class Engine:
         self.sampling, self.batch = sampling or Sampling(), batch
         self.capacity = capacity or target.config.max_len
         self.score_temp = score_temp or score_temperature(self.sampling.temperature)
-        self.width = self.shape.levels + 1 if head is not None else 1                 # P: most tokens a cycle emits
+        self.width = self.shape.levels + 1 if head is not None else 1                 # P: most tokens this cycle emits
         self.device = target.norm.weight.device
         self.replay = None                                                            # of a cycle's CUDA graph
         self.target_cache = target.new_cache(batch, self.capacity + self.width)
@@ -105,8 +105,9 @@ class Engine:
                                                      Prefix(self.target_cache, self.length))
         path, count, emitted = verify(self.target.logits(hidden), tree, self.sampling, self.width)
         self.target_cache.commit(keys, values, self.length, path)
-        self.features.copy_(features.gather(1, path[..., None].expand(-1, -1, features.shape[-1])))
-        self.emitted.copy_(emitted), self.count.copy_(count)
+        self.features[:, :self.width] = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
+        self.emitted[:, :self.width] = emitted
+        self.count.copy_(count)
         # A finished sequence may wait for others: it stays inside the cache.
         self.length.add_(count + 1).clamp_(max=self.capacity)
 
