@@ -1,6 +1,6 @@
 """From nothing to the paper's comparison: data, target, draft head, its continuation, GTO, a table.
 
-    python train.py                      everything, about twelve minutes on two CPU cores
+    python train.py                      everything, about ten minutes on two CPU cores
     python train.py --preset gpu         a larger target on one GPU, about 25 minutes
     python train.py --stage draft        one stage (earlier ones must be finished)
     python train.py --stage ltd          not part of "everything": policies that choose a draft's depth and size
@@ -91,7 +91,7 @@ def own_target(arguments, config, out, device):
     corpus = Corpus(name)                                                             # a named one must be there
     remember_config(out, config)
     if arguments["stage"] is None and arguments["preset"] == "laptop" and not (out / "target.pt").exists():
-        print("About twelve minutes on two cores: target 4, its text 0.6, draft head 2, GTO and control 2.5, the table 2.",
+        print("About ten minutes on two cores: target 3 to 4, its text 0.6, draft head 2, GTO and control 2, the table 2.",
               flush=True)
     if not parallel.exists(out / "target.pt"):
         target, seconds = stages.train_target(config, corpus, out, device)
