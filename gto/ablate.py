@@ -29,8 +29,8 @@ from gto.ceilings import calibration, rerank_tau, self_tau
 from gto.config import Config
 from gto.data import Corpus
 from gto.errors import UserError, argument_parser, main_guard
-from gto.fixed_text import best_score_temp, every_other, tau, write
-from gto.report import SCORE_TEMPS
+from gto.fixed_text import SCORE_TEMPS, best_score_temp, every_other, tau, write, written
+from gto.summary import mean
 from gto.trainer import append_log
 from gto.tree import TreeShape
 
@@ -109,7 +109,7 @@ def load(arguments):
     if device == "cuda":
         stages.cast(target, torch.bfloat16)
     corpus = Corpus(arguments.data or f"data/{config.dataset}")
-    prompts = [corpus.encoding.encode_ordinary(text)[:64] for text in corpus.prompts(2 * config.eval_prompts)]
+    prompts = corpus.prompt_ids(2 * config.eval_prompts)
     half, levels = min(config.eval_prompts, len(prompts) // 2), shape.levels + 1      # Table 7 has a deeper tree
     test = {T: write(target, prompts[:half], config.eval_tokens, T, levels) for T in SCORE_TEMPS}
     others = prompts[half:half + max(1, half // 2)]
@@ -177,9 +177,7 @@ def measure_ceilings(setting):
         entry["self"] = self_tau(target, some, shape, T or min(SCORE_TEMPS[T])).tolist()
         entry["calibration"] = {f"{s:g}": calibration(target, head, fixed, shape, s, T)
                                 for s in sorted({1.0, entry["score_temp"]})}
-        new = [row[start:start + setting.config.eval_tokens] for row, start in
-               zip(fixed.text.tokens.tolist(), fixed.start.tolist())]
-        entry["distinct"] = sum(len(set(row)) for row in new) / len(new)
+        entry["distinct"] = mean([len(set(row)) for row in written(fixed, setting.config.eval_tokens)])
     return record
 
 

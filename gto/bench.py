@@ -13,6 +13,7 @@ tau counts the token that the target adds itself; a last cycle that overshoots c
 The second turn of a question has plain decoding's first answer in its history, so prompts are the same for all.
 """
 import json
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -177,24 +178,22 @@ def benchmark(target, heads, trees, policies, encoding, questions, arguments):
     levels = max(shape.levels for shape in [*trees, *(policy.space.shape for policy in policies.values())])
     capacity = room + 3 * levels + 2                                                  # `dissect` goes a little beyond
 
-    def engines_at(sampling):
-        fixed = {"plain": Engine(target, None, None, sampling, capacity=capacity)}
-        fixed |= {f"{name}, tree {tree}": Engine(target, head, tree, sampling, capacity=capacity)
-                  for name, head in heads.items() for tree in trees}
-        return fixed | {f"{name}, adaptive": AdaptiveEngine(target, heads[name], policy, sampling, capacity)
-                        for name, policy in policies.items()}
-
-    methods = 1 + len(heads) * len(trees) + len(policies)
+    methods = {"plain": partial(Engine, target, None, None)}
+    methods |= {f"{name}, tree {tree}": partial(Engine, target, head, tree)
+                for name, head in heads.items() for tree in trees}
+    methods |= {f"{name}, adaptive": partial(AdaptiveEngine, target, heads[name], policy)
+                for name, policy in policies.items()}
     device, temperatures = target.norm.weight.device, list(dict.fromkeys(arguments.temperature))
     report = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
               "torch": torch.__version__, "dtype": str(target.norm.weight.dtype).removeprefix("torch."),
               "questions": len(questions), "answers": sum(map(len, questions)), "max_new_tokens": new_tokens,
               "chat": template, "seed": arguments.seed, "rows": [], "divergences": []}
-    with tqdm(total=len(temperatures) * methods * (report["answers"] + 1), desc="bench", unit="run",
+    with tqdm(total=len(temperatures) * len(methods) * (report["answers"] + 1), desc="bench", unit="run",
               disable=parallel.rank() > 0) as bar:
         for temperature in temperatures:
             torch.manual_seed(arguments.seed)
-            engines = engines_at(Sampling(temperature))
+            engines = {name: make(sampling=Sampling(temperature), capacity=capacity)
+                       for name, make in methods.items()}
             results = run(engines, questions, render, room, new_tokens, stop, bar)
             for name, engine in engines.items():
                 row = {"T": temperature, "method": name,

@@ -23,6 +23,7 @@ from gto.tokenizer import (END_OF_TEXT, LLAMA3_PATTERN, describe, load_encoding,
 
 DEFAULT_VOCAB_SIZE = 2048
 BPE_SAMPLE_CHARS = 20_000_000       # more text does not change a small vocabulary, but costs time
+PROMPT = 64                         # tokens of a held-out prompt, at most
 PIECE_CHARS = 100_000               # longest text given to tiktoken at once: its regex can exhaust the stack
 
 
@@ -204,6 +205,10 @@ class Corpus:
     def prompts(self, limit=None):
         """Held-out prompts, a string each."""
         return [turns[0] for turns in read_prompts(os.path.join(self.directory, "prompts.jsonl"), limit)]
+
+    def prompt_ids(self, limit=None):
+        """Their first PROMPT tokens, a list of ids each."""
+        return [self.encoding.encode_ordinary(prompt)[:PROMPT] for prompt in self.prompts(limit)]
 
     def batch(self, side, step, batch_size, length, seed=0):
         """Windows of length+1 consecutive tokens: int64 [batch_size, length+1], inputs and targets overlapping.

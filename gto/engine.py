@@ -164,6 +164,14 @@ class Engine:
             room = [0 if tokens and tokens[-1] in stop else left - len(tokens) for tokens, left in zip(new, room)]
             yield new
 
+    def complete(self, prompts, new_tokens):
+        """-> a list of token ids for each prompt: the prompt and up to `new_tokens` behind it."""
+        rows = [list(prompt) for prompt in prompts]
+        for new in self.generate(prompts, new_tokens):
+            for row, tokens in zip(rows, new):
+                row += tokens
+        return rows
+
 
 def cut(tokens, stop):
     """The tokens up to and including the first one in `stop`."""

@@ -18,6 +18,8 @@ from gto.tree import TreeShape, draft_tree
 from gto.verify import Sampling
 from kernels.acceptance import accept
 
+SCORE_TEMPS = {0.0: (0.2, 0.4, 0.6, 1.0), 1.0: (0.6, 1.0, 1.5)}    # to choose from, by decoding temperature
+
 
 class FixedText(NamedTuple):
     text: Text               # [B, T], padded on the right
@@ -31,14 +33,16 @@ def write(target, prompts, new_tokens, temperature, levels, seed=0):
     ahead = new_tokens + levels
     engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
                     capacity=max(map(len, prompts)) + ahead)
-    rows = [list(prompt) for prompt in prompts]
-    for new in engine.generate(prompts, ahead):
-        for row, tokens in zip(rows, new):
-            row += tokens
+    rows = engine.complete(prompts, ahead)
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=engine.device)
     start = torch.tensor([len(prompt) for prompt in prompts], device=engine.device)
     return FixedText(read(target, tokens), start, start + new_tokens - 1)
+
+
+def written(fixed, new_tokens):
+    """The first `new_tokens` behind each prompt, a list each."""
+    return [row[start:start + new_tokens] for row, start in zip(fixed.text.tokens.tolist(), fixed.start.tolist())]
 
 
 def every_other(fixed):

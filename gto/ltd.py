@@ -9,9 +9,10 @@ import torch
 from tqdm import tqdm
 
 from gto.adaptive import AdaptiveEngine
+from gto.data import PROMPT
 from gto.engine import Engine, one_thread_on_cpu
 from gto.evaluate import paired, timed
-from gto.policy import Fixed, Learned, Space, mlp, observe, save_policy
+from gto.policy import Fixed, Learned, Space, beside, mlp, observe, save_policy
 from gto.ppo import ppo
 from gto.replay import Depth, Recording, Size, best_fixed, decide, fit_rule, measure, oracle, record, replay, walk
 from gto.trainer import append_log
@@ -21,7 +22,7 @@ from gto.verify import Sampling
 # On a CPU small trees win, or none: one token alone is much cheaper than two. On a GPU dozens of nodes cost little.
 SPACES = {"cpu": Space(2, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16)), "cuda": Space(10, 8, (8, 16, 24, 32, 48, 64, 96, 128))}
 HIDDEN = {"cpu": 128, "cuda": 1024}       # the paper's 1024 trains for minutes instead of 20 seconds on a CPU
-TRAIN, VALIDATE, PROMPT = 64, 16, 64      # training texts to record, texts to choose by, tokens each begins with
+TRAIN, VALIDATE = 64, 16                  # training texts to record, texts to choose by
 STEPS, ROUNDS = 30_000, 2                 # of each policy in each round; the paper trains 1.1 M steps
 GAMMA = {"depth": 0.999, "size": 0.9}     # the paper's; a size is the only decision of its episode
 LIVE = {0.0: 16, 1.0: 8}                  # held-out prompts decoded for the clock, by temperature; all are replayed
@@ -68,8 +69,7 @@ def run(config, target, heads, corpus, out):
     one_thread_on_cpu(device)
     space, places = SPACES[device], config.eval_tokens
     training = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
-    held_out = [corpus.encoding.encode_ordinary(text)[:PROMPT] for text in corpus.prompts(config.eval_prompts)]
-    held_out = [prompt for prompt in held_out if len(prompt) == PROMPT]               # side by side: equal lengths
+    held_out = [ids for ids in corpus.prompt_ids(config.eval_prompts) if len(ids) == PROMPT]  # side by side: equal lengths
     costs = measure(target, next(iter(heads.values()))[1], space, training[:8], PROMPT + places)
     lines, pictures, methods = [], [], {}
     for name, (file, head) in heads.items():
@@ -82,7 +82,7 @@ def run(config, target, heads, corpus, out):
         rule = fit_rule(train, costs, space, rate)
         speed = {key: replay(validation, costs, policy)[0] for key, policy in (("ltd", learned), ("rule", rule))}
         chosen = max(speed, key=speed.get)
-        save_policy(out / f"policy-{file}", learned, costs, rule.rate, chosen)
+        save_policy(beside(out / file), learned, costs, rule.rate, chosen)
         methods[name] = head, {"best fixed": fixed, "rule": rule, "LTD": learned}, held
         pictures.append(picture(name, learned, held, costs))
         lines.append(f"{name}: on {VALIDATE} other training texts the learned policy replays at {speed['ltd']:.0f}"

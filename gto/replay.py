@@ -28,12 +28,8 @@ class Recording(NamedTuple):
 
 def continue_greedily(target, prompts, new_tokens):
     """prompts: lists of equal length -> [texts, length + new_tokens], the target's own continuation."""
-    rows = [list(prompt) for prompt in prompts]
     engine = Engine(target, None, batch=len(prompts), capacity=len(prompts[0]) + new_tokens)
-    for new in engine.generate(prompts, new_tokens):
-        for row, tokens in zip(rows, new):
-            row += tokens
-    return torch.tensor(rows, device=engine.device)
+    return torch.tensor(engine.complete(prompts, new_tokens), device=engine.device)
 
 
 @torch.no_grad()

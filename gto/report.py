@@ -7,24 +7,19 @@ from tqdm import tqdm
 from gto.data import write_text
 from gto.engine import Engine, one_thread_on_cpu
 from gto.evaluate import acceptance, paired, speeds
-from gto.fixed_text import best_score_temp, tau_and_diagnosis, write
-from gto.summary import markdown
+from gto.fixed_text import SCORE_TEMPS, best_score_temp, tau_and_diagnosis, write, written
+from gto.summary import markdown, mean
 from gto.tree import TreeShape
 from gto.verify import Sampling
 
 SPEED_TREES = ("1,3,3", "2,2,3", "2,3,6", "2,4,8", "3,4,8")   # beside the trained one: on a CPU small trees win
 CHOOSING, TIMED = 2, 8                               # prompts to choose the fastest tree on, other ones to time it on
-SCORE_TEMPS = {0.0: (0.2, 0.4, 0.6, 1.0), 1.0: (0.6, 1.0, 1.5)}    # by decoding temperature
-
-
-def records(out, **wanted):
-    with open(out / "log.jsonl") as f:
-        lines = [json.loads(line) for line in f]
-    return [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
 
 
 def seconds_of(out, stage):
-    return records(out, stage=stage, finished=True)[-1]["seconds"]
+    with open(out / "log.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    return [line["seconds"] for line in lines if line.get("stage") == stage and line.get("finished")][-1]
 
 
 def matched_steps(out, config, name):
@@ -35,7 +30,7 @@ def matched_steps(out, config, name):
 def table(config, target, heads, corpus, out):
     """heads {"draft" | "control" | "gto": [a head per seed]} -> Markdown, also in out/table.md and out/results.json."""
     shape, new_tokens = TreeShape.parse(config.tree), config.eval_tokens
-    prompts = [corpus.encoding.encode_ordinary(text)[:64] for text in corpus.prompts(config.eval_prompts * 5 // 4)]
+    prompts = corpus.prompt_ids(config.eval_prompts * 5 // 4)
     others, prompts = prompts[::5], [prompt for i, prompt in enumerate(prompts) if i % 5]   # score temperatures; the rest
     results = {"methods": {name: {} for name in ("ar", *heads)}, "train_seconds": {
         name: seconds_of(out, name) for name in ("target", *heads)}, "tree": config.tree, "prompts": len(prompts)}
@@ -63,9 +58,9 @@ def table(config, target, heads, corpus, out):
 
 def losslessness(target, head, test, prompts, shape, new_tokens):
     """Decode with trees what plain decoding has written. -> distinct tokens of a text, texts that are equal."""
-    plain = [row[start:start + new_tokens] for row, start in zip(test.text.tokens.tolist(), test.start.tolist())]
+    plain = written(test, new_tokens)
     _, outputs = acceptance(target, head, prompts, shape, 0.0, new_tokens)
-    return sum(len(set(row)) for row in plain) / len(plain), sum(map(list.__eq__, outputs, plain))
+    return mean([len(set(row)) for row in plain]), sum(map(list.__eq__, outputs, plain))
 
 
 def acceptance_of(trained, test, tune, shape, T):

@@ -73,11 +73,7 @@ def write_texts(config, target, corpus, progress):
     for step in progress(range(config.texts // batch)):
         prompts = corpus.batch("train", step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
         engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)
-        rows = [list(prompt) for prompt in prompts]
-        for new in engine.generate(prompts, config.length - config.prompt_length):
-            for row, tokens in zip(rows, new):
-                row += tokens
-        texts.append(torch.tensor(rows))
+        texts.append(torch.tensor(engine.complete(prompts, config.length - config.prompt_length)))
     return torch.cat(texts)
 
 
@@ -121,7 +117,7 @@ def learnt_places(supervised, unroll):
 
 def greedy_places(text, weight):
     """The steps [B, R, J+1] bool whose chain so far is what the target itself would choose, and is learnt throughout."""
-    B, R, steps = weight.shape
+    _, R, steps = weight.shape
     own = text.logits[:, :-1].argmax(-1) == text.tokens[:, 1:]                        # [B, T-1] of token t+1
     slots = torch.arange(R, device=own.device)[:, None] + torch.arange(1, steps, device=own.device)   # [R, J]
     return (F.pad(own[:, slots], (1, 0), value=True) & weight).cumprod(-1).bool()
@@ -169,11 +165,11 @@ def train_head(name, config, target, head, texts, steps, rate, batch, seed, out,
             return loss, {}
         if config.objective == "gto":
             extra, figures = group_loss(config, target, head, reference, text, roots, groups_weight)
-        elif config.objective == "keep":
-            on_path = greedy_places(text, unrolled[2])
-            extra, figures = keep_loss(*unrolled[:2], on_path) * on_path[..., 0].numel() / total[0], {}
-        elif config.objective == "tv":
-            extra, figures = chain_loss(*unrolled) * unrolled[2][..., 0].numel() / total[0], {}
+        elif config.objective in ("keep", "tv"):
+            log_q, labels, weight = unrolled
+            extra = (keep_loss(log_q, labels, greedy_places(text, weight)) if config.objective == "keep" else
+                     chain_loss(log_q, labels, weight))
+            extra, figures = extra * weight[..., 0].numel() / total[0], {}            # the mean over what is learnt
         else:
             extra, figures = candidate_loss(config, target, head, text, roots, groups_weight)
         # Its gradient comes first, so that it can be clipped alone; that of the returned loss is added to it.
