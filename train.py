@@ -16,6 +16,7 @@ For a released target, on its answers in a chat .jsonl (ShareGPT's format and ot
 A finished stage is not run again, an interrupted one goes on with --resume.
 """
 import argparse
+import itertools
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -157,11 +158,10 @@ def main():
     if last == STAGES.index("gto") or not corpus or parallel.rank() > 0:
         return
     if device == "cuda":
-        for method in heads.values():
-            for head in method:
-                stages.cast(head, torch.bfloat16)
+        for trained in itertools.chain(*heads.values()):
+            stages.cast(trained, torch.bfloat16)
     if last == STAGES.index("ltd"):
-        chosen = {"draft": ("draft.pt", head), "gto": ("gto.pt", heads["gto"][0])}
+        chosen = {name: (f"{name}.pt", heads[name][0]) for name in ("draft", "gto")}
         print(ltd.run(config, target, chosen, corpus, out))
         return
     print(report.table(config, target, heads, corpus, out))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from gto import chat, parallel, plot, roofline
 from gto.adaptive import AdaptiveEngine
 from gto.data import read_prompts, write_text
-from gto.diagnose import dissect, halves
+from gto.diagnose import dissect
 from gto.engine import Engine, cut, one_thread_on_cpu
 from gto.errors import UserError, argument_parser, main_guard
 from gto.evaluate import timed
@@ -119,11 +119,9 @@ def longest(questions, new_tokens, render, max_len):
 def run(engines, questions, render, room, new_tokens, stop, bar):
     """Every method on every turn: {method: [result by turn]}. room: see `longest`; a result: see `measure`."""
     warm_up = render(questions[0][:1], [])
-    parts, results = {}, {name: [] for name in engines}
-    for name, engine in engines.items():
-        engine.prefill([warm_up])
-        parts[name] = halves(engine)
-        measure(engine, parts[name], warm_up, new_tokens, stop)
+    results = {name: [] for name in engines}
+    for engine in engines.values():
+        measure(engine, warm_up, new_tokens, stop)
         bar.update()
     for number, turns in enumerate(questions):
         answers = []
@@ -133,7 +131,7 @@ def run(engines, questions, render, room, new_tokens, stop, bar):
                 raise UserError(f"question {number + 1}: the answer to turn {turn} has too many tokens when it is read "
                                 "back: leave this question out")
             for name, engine in engines.items():
-                result = measure(engine, parts[name], prompt, new_tokens, stop)
+                result = measure(engine, prompt, new_tokens, stop)
                 results[name].append({"question": number, "turn": turn, "prompt": prompt, **result})
                 bar.update()
             answer = results["plain"][-1]["answer"]
@@ -141,11 +139,11 @@ def run(engines, questions, render, room, new_tokens, stop, bar):
     return results
 
 
-def measure(engine, parts, prompt, new_tokens, stop):
+def measure(engine, prompt, new_tokens, stop):
     """One prompt twice: at full speed, and dissected."""
     seconds, tokens, accepted = timed(engine, prompt, new_tokens, stop)
     return {"seconds": seconds, "emitted": len(tokens) - 1, "accepted": accepted,
-            "answer": cut(tokens[:new_tokens], stop), "inside": dissect(engine, *parts, prompt, new_tokens, stop)}
+            "answer": cut(tokens[:new_tokens], stop), "inside": dissect(engine, prompt, new_tokens, stop)}
 
 
 @torch.no_grad()
@@ -231,7 +229,7 @@ def load(arguments):
         raise UserError(f"the tokenizer has {encoding.n_vocab} tokens, target {target.config.vocab_size}: they do not "
                         "belong together; choose another --tokenizer")
     heads = {name: load_head(path, target, dtype).requires_grad_(False) for name, path in paths.items()}
-    policies = {name: load_policy(beside(path), device=arguments.device) for name, path in
+    policies = {name: load_policy(beside(path)) for name, path in
                 (paths.items() if arguments.adaptive else ())}
     return target, heads, trees, policies, encoding, questions
 

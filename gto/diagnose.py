@@ -4,10 +4,11 @@ The *greedy path* of a cycle is the chain of the head's arg-max tokens from the 
 are drafted here beside the tree, from the same state, so they are known also where the tree dropped them.
 """
 import time
+from functools import partial
 
 import torch
 
-from gto.engine import Engine, graph_of
+from gto.engine import Engine
 from gto.tree import TreeShape
 
 
@@ -19,24 +20,6 @@ def greedy_depth(tree, greedy):
     matches = tree.tokens == greedy.tokens.gather(1, tree.depth)                      # [B, N]
     on_path = (matches[:, None] | ~tree.mask).all(-1)                                 # [B, N]
     return (tree.depth * on_path).amax(1)
-
-
-def halves(engine):
-    """`draft() -> tree` and `check(tree)` of an engine, on a GPU as one CUDA graph each, if that can be: see `graphs`."""
-    return graphs(engine) if engine.device.type == "cuda" and engine.fixed else (engine.draft, engine.check)
-
-
-@torch.no_grad()
-def graphs(engine):
-    """The halves of an engine with a prefilled prompt. Capturing advances it: prefill again afterwards."""
-    tree = engine.draft()                                         # the tensors that both graphs share
-
-    def draft():
-        for shared, new in zip(tree, engine.draft()):
-            shared.copy_(new)
-
-    replay_draft, replay_check = graph_of(draft), graph_of(lambda: engine.check(tree))
-    return lambda: (replay_draft(), tree)[1], lambda _: replay_check()
 
 
 def mark(device):
@@ -53,10 +36,9 @@ def milliseconds(start, end):
 
 
 @torch.inference_mode()                    # as Engine.launch: on a CPU no_grad costs a fifth more
-def dissect(engine, draft, check, prompt, new_tokens, stop=()):
+def dissect(engine, prompt, new_tokens, stop=()):
     """Decode one prompt as `evaluate.timed` does, cycle by cycle with a look inside.
 
-    draft, check   from `halves(engine)`
     Returns a dict of lists, an entry per cycle:
         draft, verify   ms of the two halves
         tree            drafts accepted from the tree
@@ -66,6 +48,9 @@ def dissect(engine, draft, check, prompt, new_tokens, stop=()):
         kept            depth to which the greedy path is in the tree; less than `levels`: it was pruned, in the final
                         re-ranking or by not being expanded any further
     """
+    def half(name, run):
+        return engine.step(name, run) if engine.fixed else run()
+
     levels = engine.shape.levels if engine.head is not None else 0
     text, end, starts, paths = engine.prefill([prompt]), None, [], []
     cycles = {name: [] for name in ("draft", "verify", "tree", "greedy", "kept")}
@@ -75,12 +60,12 @@ def dissect(engine, draft, check, prompt, new_tokens, stop=()):
         if end is not None and len(text) >= end - 1 + levels:
             break
         points = [mark(engine.device)]
-        tree = draft()
+        tree = half("draft", engine.draft)
         points.append(mark(engine.device))
         if levels:
             greedy, kept = greedy_path(engine, tree)
         points.append(mark(engine.device))
-        check(tree)
+        half("check", partial(engine.check, tree))
         points.append(mark(engine.device))
         count = engine.count.item()                               # waits for the device
         if end is None:

@@ -32,7 +32,8 @@ class Engine:
         self.score_temp = score_temp or score_temperature(self.sampling.temperature)
         self.width = self.shape.levels + 1 if head is not None else 1                 # P: most tokens this cycle emits
         self.device = target.norm.weight.device
-        self.replay = None                                                            # of a cycle's CUDA graph
+        self.graphs = {} if self.device.type == "cuda" else None                      # of `step`, by key
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.target_cache = target.new_cache(batch, self.capacity + self.width)
         self.head_cache = head.new_cache(batch, self.capacity + self.width) if head is not None else None
         # The state a cycle reads and overwrites in place. `length` counts what the target has cached: everything
@@ -115,24 +116,34 @@ class Engine:
         """Draft, verify, compact: without a `width`, every shape fixed and every length on the device."""
         self.check(self.draft(width))
 
-    def capture(self):
-        """Record a cycle as a CUDA graph; what its warm-up cycles did to the state is taken back."""
-        state = self.length, self.count, self.emitted, self.features
-        before = [x.clone() for x in state]
-        self.replay = graph_of(self.cycle)
-        for x, was in zip(state, before):
-            x.copy_(was)
+    def step(self, key, run):
+        """`run()`, which is a part of a cycle with fixed shapes; on a GPU its CUDA graph. What it returned then stays
+        where it is, for the graphs that read it: the next call with this key overwrites it.
+
+        The graphs share their memory. Only results are kept, and those from being reused by graphs captured later: so
+        between a step and the ones that read its result only steps may run that were first called after it.
+        """
+        if self.graphs is None:
+            return run()
+        if key not in self.graphs:
+            state = self.length, self.count, self.emitted, self.features
+            before = [x.clone() for x in state]
+            self.graphs[key] = graph_of(run, self.pool)
+            for x, was in zip(state, before):                                         # the warm-up has changed it
+                x.copy_(was)
+        return self.graphs[key]()
 
     @torch.inference_mode()
     def launch(self):
         """Queue one cycle and the copy of what it emits to the host. -> [B, 1 + P] count and tokens, and on a GPU the
         event after which they are there."""
-        if self.device.type != "cuda" or not self.fixed:
+        if self.graphs is None:
             self.cycle(width=int(self.count.max()) + 1)
             return torch.cat([self.count[:, None], self.emitted], dim=1), None
-        if self.replay is None:
-            self.capture()
-        self.replay()
+        if self.fixed:
+            self.step("cycle", self.cycle)
+        else:
+            self.cycle()
         result = torch.cat([self.count[:, None], self.emitted], dim=1)                # [B, 1 + P]
         host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
         copied = torch.cuda.Event()
@@ -144,7 +155,7 @@ class Engine:
 
         On a GPU the next cycle is already queued when one is read: the device never waits for the host.
         """
-        ahead = [self.launch()] if self.device.type == "cuda" else []
+        ahead = [self.launch()] if self.graphs is not None else []
         while True:
             ahead.append(self.launch())
             host, copied = ahead.pop(0)
@@ -178,8 +189,12 @@ def cut(tokens, stop):
     return next((tokens[:i + 1] for i, token in enumerate(tokens) if token in stop), tokens)
 
 
-def graph_of(run):
-    """Capture `run()` as a CUDA graph and return its replay. Two warm-up runs, which compile kernels, come first."""
+def graph_of(run, pool=None):
+    """Capture `run()` as a CUDA graph, after two warm-up runs, which compile kernels. Returns its replay, a function
+    that gives back what `run` returned, the same tensors each time.
+
+    pool: memory to share with other graphs (torch.cuda.graph_pool_handle())
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -187,9 +202,13 @@ def graph_of(run):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
 
 
 def one_thread_on_cpu(device):

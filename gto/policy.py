@@ -145,16 +145,16 @@ def beside(head_path):
     return Path(head_path).with_name(f"policy-{Path(head_path).name}")
 
 
-def load_policy(path, shape=None, device="cpu"):
-    """The faster of the learned policy and the rule. UserError if it was made for another tree than `shape`."""
-    contents = read(path, "policy", device)
+def load_policy(path, shape=None):
+    """The faster of the learned policy and the rule; it is asked on the CPU. UserError if it was made for another tree than `shape`."""
+    contents = read(path, "policy")
     space = Space(**{**contents["space"], "sizes": tuple(contents["space"]["sizes"])})
     if shape not in (None, space.shape):
         raise UserError(f"{path} was learned for trees {space.shape}, not {shape}: leave the tree out, or learn again"
                         " with python train.py --stage ltd")
     if contents["chosen"] == "rule":
         return Rule(space, Costs(*contents["costs"]), contents["rate"])
-    learned = Learned(space, contents["hidden"]).to(device)
+    learned = Learned(space, contents["hidden"])
     try:
         learned.load_state_dict(contents["model"])
     except RuntimeError:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from gto.adaptive import trim
+from gto.adaptive import AdaptiveEngine
 from gto.engine import Engine
 from gto.evaluate import synchronize
 from gto.model import KV, Prefix
@@ -89,21 +89,21 @@ def timed_cycle(engine, nodes):
         return time.perf_counter()
 
     began, ends = now(), []
-    hidden, root, prefix = engine.extend(int(engine.count) + 1)
-    draft = first_level(engine.head, hidden, engine.shape.branch, engine.score_temp)
+    root, draft = engine.begin(int(engine.count) + 1)
     ends.append(now() - began)
     while len(draft.scores) < engine.shape.levels:
-        draft = expand(engine.head, draft, prefix, engine.score_temp)
+        draft = engine.deepen(draft)
         ends.append(now() - began)
     drafted = now()
-    engine.check(trim(engine, draft, root, nodes))
+    engine.check(engine.settle(root, draft, nodes))
     return ends, now() - drafted
 
 
 @torch.no_grad()
-def measure(target, head, space, prompts, until, warmup=10):
+def measure(target, head, space, prompts, until):
     """Costs on this machine: medians over the cycles that continue the prompts up to a context of `until` tokens."""
-    engine, samples = Engine(target, head, space.shape, capacity=until + space.levels + 1), []
+    policy = Fixed(space, space.levels, 0)                                            # is never asked
+    engine, samples = AdaptiveEngine(target, head, policy, capacity=until + space.levels + 1), []
     counts = [[space.nodes(level, size) for size in range(len(space.sizes))] for level in range(1, space.levels + 1)]
     distinct = sorted({nodes for row in counts for nodes in row})
     for prompt in prompts:
@@ -111,7 +111,7 @@ def measure(target, head, space, prompts, until, warmup=10):
         while int(engine.length) < until:
             nodes = distinct[len(samples) % len(distinct)]
             samples.append((int(engine.length) // Costs.STEP, nodes, *timed_cycle(engine, nodes)))
-    samples = samples[warmup:]
+    samples = samples[len(distinct):]                                                 # without each size's first, the warm-up
 
     def median(bucket, nodes=None):
         """Of the cycles with this context and size; where there were none, with any context."""

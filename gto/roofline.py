@@ -38,15 +38,19 @@ def random_models(name, device="cuda", dtype=torch.bfloat16):
     return target.requires_grad_(False), head.requires_grad_(False)
 
 
-def milliseconds(run, repeats=20):
-    """Median time of `run()` on the device, after two warm-up runs."""
+def milliseconds(run, repeats=20, queued=4):
+    """Median time of `run()` on the device, after two warm-up rounds. Some are queued at a time: as in decoding, the
+    device does not wait for the next launch."""
     times = []
     for i in range(repeats + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record(), run(), end.record()
+        start.record()
+        for _ in range(queued):
+            run()
+        end.record()
         end.synchronize()
         if i >= 2:
-            times.append(start.elapsed_time(end))
+            times.append(start.elapsed_time(end) / queued)
     return statistics.median(times)
 
 

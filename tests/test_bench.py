@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gto import bench, checkpoint, diagnose, plot
+from gto import bench, checkpoint, plot
 from gto.bench import conversation, divergences, named_paths
 from gto.bpe import save_ranks
-from gto.diagnose import dissect, graphs, greedy_depth, halves
+from gto.diagnose import dissect, greedy_depth
 from gto.engine import Engine
 from gto.errors import UserError
 from gto.evaluate import timed
@@ -41,7 +41,7 @@ def test_a_chain_is_its_own_greedy_path(temperature):
     engine = engine_of("1,4,4", temperature)
     accepted = []
     for prompt in tiny_prompts(3, LETTERS):
-        cycles = dissect(engine, *halves(engine), prompt, 40)
+        cycles = dissect(engine, prompt, 40)
         assert cycles["greedy"] == cycles["tree"] and set(cycles["kept"]) == {4}
         accepted += cycles["tree"]
     assert len(set(accepted)) > 2                                 # else the test shows nothing
@@ -51,7 +51,7 @@ def test_greedy_path_alone_is_what_a_chain_accepts_from_the_same_text():
     engine, chain = engine_of("3,4,8"), engine_of("1,4,4")
     pruned = 0
     for prompt in tiny_prompts(2, LETTERS):
-        cycles = dissect(engine, *halves(engine), prompt, 40)
+        cycles = dissect(engine, prompt, 40)
         _, text, _ = timed(engine, prompt, 60)
         start = 1
         for tree, path, kept in zip(cycles["tree"], cycles["greedy"], cycles["kept"]):
@@ -68,19 +68,9 @@ def test_dissection_changes_nothing():
         engine = engine_of("3,4,8", head=head)
         for prompt in tiny_prompts(3, LETTERS):
             _, _, accepted = timed(engine, prompt, 30)
-            cycles = dissect(engine, *halves(engine), prompt, 30)
+            cycles = dissect(engine, prompt, 30)
             assert cycles["tree"] == accepted
             assert len(cycles["draft"]) == len(cycles["verify"]) == len(accepted)
-
-
-@pytest.mark.parametrize("head", [True, False])
-def test_graphs_of_the_halves_share_the_tree(head, monkeypatch):
-    """What a GPU records, run without recording."""
-    monkeypatch.setattr(diagnose, "graph_of", lambda run: run() or run() or run)  # capture, too, runs it twice before
-    engine, prompt = engine_of("3,4,8", head=head), tiny_prompts(1, LETTERS)[0]
-    expected = dissect(engine, engine.draft, engine.check, prompt, 30)["tree"]
-    engine.prefill([prompt + prompt])
-    assert dissect(engine, *graphs(engine), prompt, 30)["tree"] == expected
 
 
 def test_both_passes_end_at_a_stop_token():
@@ -90,7 +80,7 @@ def test_both_passes_end_at_a_stop_token():
     stop = {next(token for i, token in enumerate(text) if i > 3 and token not in text[:3])}
     _, short, fewer = timed(engine, prompt, 60, stop)
     assert short == text[:len(short)] and stop & set(short) and not stop & set(short[:len(short) - fewer[-1] - 1])
-    assert dissect(engine, *halves(engine), prompt, 60, stop)["tree"] == fewer == accepted[:len(fewer)]
+    assert dissect(engine, prompt, 60, stop)["tree"] == fewer == accepted[:len(fewer)]
 
 
 def test_greedy_depth_needs_the_whole_path():
@@ -208,8 +198,8 @@ def test_whole_benchmark(files, capsys, tmp_path):
 def test_second_turns_follow_plain_decodings_answer(files, monkeypatch):
     folder, flags = files
     seen, measure = [], bench.measure
-    monkeypatch.setattr(bench, "measure", lambda engine, parts, prompt, *rest: seen.append((prompt, measure(
-        engine, parts, prompt, *rest))) or seen[-1][1])
+    monkeypatch.setattr(bench, "measure", lambda engine, prompt, *rest: seen.append((prompt, measure(
+        engine, prompt, *rest))) or seen[-1][1])
     bench.main([*flags, "--tree", "1,3,3", "--max-new-tokens", "6", "--temperature", "1", "--limit", "1"])
     first, second = seen[2:4], seen[4:]                           # behind the warm-up: plain, then tiny
     assert [prompt for prompt, _ in first] == [[*b"def f("]] * 2

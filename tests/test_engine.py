@@ -2,10 +2,15 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import gto.engine
 import gto.model
+from gto.adaptive import AdaptiveEngine
+from gto.diagnose import dissect
 from gto.engine import Engine
 from gto.errors import UserError
+from gto.policy import Space
 from gto.tree import TreeShape
 from gto.verify import Sampling
 from kernels.tree_attention import tree_attention_reference
@@ -140,3 +145,48 @@ def test_a_cycle_never_waits_for_the_device(monkeypatch, sampling):
             engine.cycle()
         monkeypatch.setattr(gto.model, "tree_attention", tree_attention_reference)
         assert all(torch.equal(a, b) for a, b in zip((engine.emitted, engine.count, engine.length), expected))
+
+
+def graph_on_cpu(run, pool=None):
+    """What `graph_of` returns, without a GPU: a replay gives its results in the tensors of the first ones."""
+    run(), run()
+    results = run()
+
+    def replay():
+        for result, new in zip(tree_leaves(results), tree_leaves(run())):
+            if isinstance(result, torch.Tensor):
+                result.copy_(new)
+        return results
+    return replay
+
+
+class Whimsical:
+    """A policy whose decisions vary with the context's length."""
+    space = Space(3, 4, (0, 1, 2, 5, 9))
+
+    def stop(self, seen):
+        return seen[0, 0] * 4 > seen[0, 1] * 1000 % 4
+
+    def size(self, seen):
+        return seen[0, 1] * 1000 / 4 % 5
+
+
+@pytest.mark.parametrize("kind", ["plain", "fixed", "adaptive"])
+def test_steps_replayed_from_graphs(monkeypatch, kind):
+    """Every step finds its input where the step before has left it; what recording does to the state is undone."""
+    monkeypatch.setattr(gto.engine, "graph_of", graph_on_cpu)
+    target, head = tiny_models(seed=2, spread=0.2)
+    engines = [AdaptiveEngine(target, head, Whimsical()) if kind == "adaptive" else
+               Engine(target, head if kind == "fixed" else None, TreeShape(3, 4, 9)) for _ in range(2)]
+    engines[1].graphs = {}
+    accepted = []
+    for prompt in tiny_prompts(6, seed=3):
+        eager, replayed = (dissect(engine, prompt, 40)["tree"] for engine in engines)
+        assert eager == replayed
+        last = [engine.emitted[0, :engine.count + 1].tolist() for engine in engines]
+        assert last[0] == last[1]
+        accepted += eager
+    assert kind == "plain" or len(set(accepted)) > 2, "nothing was accepted: the test shows nothing"
+    if kind == "adaptive":
+        decided = [[decision[:2] for decision in engine.decisions] for engine in engines]
+        assert decided[0] == decided[1] and len(set(decided[0])) > 8
