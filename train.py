@@ -30,6 +30,7 @@ from gto.data import Corpus, ensure_data
 from gto.errors import UserError, argument_parser, main_guard
 from gto.experiment import head_in, remember_config, run_name, texts_in
 from gto.load import load_head, load_target
+from gto.model import cast
 from gto.tokenizer import load_encoding
 from gto.trainer import append_log, finish
 
@@ -102,7 +103,7 @@ def own_target(arguments, config, out, device):
                    validation_loss=stages.validation_loss(target, corpus, config))
     target = checkpoint.load_target(out / "target.pt", device)
     if device == "cuda":
-        stages.cast(target, torch.bfloat16)
+        cast(target, torch.bfloat16)
     texts = None
     if arguments["stage"] != "target":
         texts, _ = texts_in(out, lambda: {"tokens": stages.write_texts(
@@ -159,7 +160,7 @@ def main():
         return
     if device == "cuda":
         for trained in itertools.chain(*heads.values()):
-            stages.cast(trained, torch.bfloat16)
+            cast(trained, torch.bfloat16)
     if last == STAGES.index("ltd"):
         chosen = {name: (f"{name}.pt", heads[name][0]) for name in ("draft", "gto")}
         print(ltd.run(config, target, chosen, corpus, out))

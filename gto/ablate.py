@@ -30,6 +30,7 @@ from gto.config import Config
 from gto.data import Corpus
 from gto.errors import UserError, argument_parser, main_guard
 from gto.fixed_text import SCORE_TEMPS, best_score_temp, every_other, tau, write, written
+from gto.model import cast
 from gto.summary import mean
 from gto.trainer import append_log
 from gto.tree import TreeShape
@@ -107,7 +108,7 @@ def load(arguments):
     out.mkdir(parents=True, exist_ok=True)
     (out / "setting.json").write_text(json.dumps(same, indent=1))
     if device == "cuda":
-        stages.cast(target, torch.bfloat16)
+        cast(target, torch.bfloat16)
     corpus = Corpus(arguments.data or f"data/{config.dataset}")
     prompts = corpus.prompt_ids(2 * config.eval_prompts)
     half, levels = min(config.eval_prompts, len(prompts) // 2), shape.levels + 1      # Table 7 has a deeper tree

@@ -86,7 +86,7 @@ STOPS = {"llama3": ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"], "vicuna": ["
 
 
 def turns(template, messages):
-    """A conversation as [(text, written)].
+    """A conversation as [(text, written)], for encoding.encode(text, allowed_special="all").
 
     template   one of TEMPLATES; messages: [{"role": "system", "user" or "assistant", "content": str}, ...]
     """
@@ -95,13 +95,8 @@ def turns(template, messages):
     return TEMPLATES[template](messages)
 
 
-def render(template, messages):
-    """A conversation as one string, for encoding.encode(text, allowed_special="all")."""
-    return "".join(text for text, _ in turns(template, messages))
-
-
 def encode(template, messages, encoding):
-    """The ids of the rendered conversation, and for each whether the model wrote it: two lists of equal length."""
+    """The ids of a conversation, and for each whether the model wrote it: two lists of equal length."""
     ids, written = [], []
     for text, by_model in turns(template, messages):
         if isinstance(encoding, SentencePieceEncoding):

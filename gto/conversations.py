@@ -1,6 +1,4 @@
 """Conversations -> training texts for the head of a released target: what the assistant said is what is learnt."""
-import json
-
 import torch
 from tqdm import tqdm
 

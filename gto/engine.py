@@ -117,11 +117,11 @@ class Engine:
         self.check(self.draft(width))
 
     def step(self, key, run):
-        """`run()`, which is a part of a cycle with fixed shapes; on a GPU its CUDA graph. What it returned then stays
-        where it is, for the graphs that read it: the next call with this key overwrites it.
+        """`run()`, a part of a cycle, of fixed shapes; on a GPU as a CUDA graph, captured when `key` first comes.
 
-        The graphs share their memory. Only results are kept, and those from being reused by graphs captured later: so
-        between a step and the ones that read its result only steps may run that were first called after it.
+        A graph's result stays where it is, for the graphs that read it, until the next call with this key. All graphs
+        share a memory pool in which a result is safe from those captured later only: a result lasts until a graph is
+        replayed that was captured before its own.
         """
         if self.graphs is None:
             return run()

@@ -12,7 +12,7 @@ from gto.adaptive import AdaptiveEngine
 from gto.data import PROMPT
 from gto.engine import Engine, one_thread_on_cpu
 from gto.evaluate import paired, timed
-from gto.policy import Fixed, Learned, Space, beside, mlp, observe, save_policy
+from gto.policy import Learned, Space, beside, mlp, observe, save_policy
 from gto.ppo import ppo
 from gto.replay import Depth, Recording, Size, best_fixed, decide, fit_rule, measure, oracle, record, replay, walk
 from gto.trainer import append_log

@@ -2,7 +2,6 @@
 import torch
 
 from gto.candidates import path_log_prob
-from gto.engine import Engine
 from gto.model import Prefix
 from gto.tree import draft_candidates, rerank
 

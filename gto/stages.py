@@ -6,7 +6,7 @@ from gto import parallel
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
 from gto.loss import advantages, chain_loss, debias, keep_loss, ratio, soft_labels, surrogate, token_loss
-from gto.model import ModelConfig, Target, cast
+from gto.model import ModelConfig, Target
 from gto.muon import Muon
 from gto.objectives import candidate_loss
 from gto.rollout import grow, read, sample_groups, sequence_log_prob
@@ -69,7 +69,7 @@ def write_texts(config, target, corpus, progress):
     A head meets the target's own text when it decodes; trained on that, it drafts much better at T=0.
     """
     torch.manual_seed(config.seed)
-    texts, batch = [], config.text_batch
+    texts, batch = [], min(config.text_batch, max(config.texts // 2, 1))
     for step in progress(range(config.texts // batch)):
         prompts = corpus.batch("train", step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
         engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)
@@ -121,11 +121,6 @@ def greedy_places(text, weight):
     own = text.logits[:, :-1].argmax(-1) == text.tokens[:, 1:]                        # [B, T-1] of token t+1
     slots = torch.arange(R, device=own.device)[:, None] + torch.arange(1, steps, device=own.device)   # [R, J]
     return (F.pad(own[:, slots], (1, 0), value=True) & weight).cumprod(-1).bool()
-
-
-def unrolled_token_loss(config, head, text):
-    """L_token of one batch. -> scalar."""
-    return token_loss(*unroll_text(config, head, text))
 
 
 def train_head(name, config, target, head, texts, steps, rate, batch, seed, out, reference=None, supervised=None):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from gto.chat import STOPS, TEMPLATES, encode, guess_template, render, stop_ids, turns
+from gto.chat import STOPS, TEMPLATES, encode, guess_template, stop_ids, turns
 from gto.errors import UserError
 from gto.tokenizer import load_encoding, special_tokens
 
@@ -26,6 +26,10 @@ EXPECTED = {
     "qwen3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello."
              "<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
 }
+
+
+def render(template, messages):
+    return "".join(text for text, _ in turns(template, messages))
 
 
 def byte_encoding(template):

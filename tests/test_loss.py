@@ -150,7 +150,7 @@ def test_training_learns_what_it_is_told():
     optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
     losses = []
     for _ in range(60):
-        loss = stages.unrolled_token_loss(CONFIG, head, text)
+        loss = token_loss(*stages.unroll_text(CONFIG, head, text))
         loss.backward(), optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
     floor = -(text.logits.softmax(-1) * text.logits.log_softmax(-1)).sum(-1).mean().item()   # the labels' own entropy

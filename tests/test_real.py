@@ -148,12 +148,13 @@ def run(program, *arguments, cwd):
     """train.py or decode.py, in this process: importing torch anew takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments), "--device", "cpu"])
         program.main()
 
 
 def torchrun(*arguments):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments),
+            "--device", "cpu"]
 
 
 def records(out, stage):

@@ -19,7 +19,7 @@ TINY = ("--layers 2 --dim 32 --heads 2 --kv-heads 1 --head-dim 16 --ffn-dim 32 -
 
 def run(*arguments, cwd):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})  # exact: on the CPU
 
 
 @pytest.mark.parametrize("rows, columns", [(5, 5), (12, 4), (3, 17)])
