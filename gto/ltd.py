@@ -109,6 +109,7 @@ def cost_table(space, costs):
     return "\n".join(lines[:-1])
 
 
+@torch.inference_mode()                    # as in decoding
 def thinking(policy, repeats=200):
     """Seconds that an observation, the question whether to stop and the question of the size take, medians: [3]."""
     space, times = policy.space, []

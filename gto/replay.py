@@ -99,18 +99,18 @@ def timed_cycle(engine, nodes):
     return ends, now() - drafted
 
 
-@torch.no_grad()
 def measure(target, head, space, prompts, until):
     """Costs on this machine: medians over the cycles that continue the prompts up to a context of `until` tokens."""
     policy = Fixed(space, space.levels, 0)                                            # is never asked
     engine, samples = AdaptiveEngine(target, head, policy, capacity=until + space.levels + 1), []
     counts = [[space.nodes(level, size) for size in range(len(space.sizes))] for level in range(1, space.levels + 1)]
     distinct = sorted({nodes for row in counts for nodes in row})
-    for prompt in prompts:
-        engine.prefill([prompt])
-        while int(engine.length) < until:
-            nodes = distinct[len(samples) % len(distinct)]
-            samples.append((int(engine.length) // Costs.STEP, nodes, *timed_cycle(engine, nodes)))
+    with torch.inference_mode():                                                      # as Engine.launch
+        for prompt in prompts:
+            engine.prefill([prompt])
+            while int(engine.length) < until:
+                nodes = distinct[len(samples) % len(distinct)]
+                samples.append((int(engine.length) // Costs.STEP, nodes, *timed_cycle(engine, nodes)))
     samples = samples[len(distinct):]                                                 # without each size's first, the warm-up
 
     def median(bucket, nodes=None):
