@@ -114,7 +114,8 @@ def expand(head, draft, prefix, temperature):
     """
     level, (B, k) = len(draft.scores), draft.scores[0].shape
     score, best = draft.scores[-1].topk(k, dim=1)                                     # [B, k]
-    token, feature, origin = rows(draft.tokens[-1], best), rows(draft.hidden, best // k), best // k
+    origin = best // k                                                                # [B, k] who proposed them
+    token, feature = rows(draft.tokens[-1], best), rows(draft.hidden, origin)
     self_only = torch.eye(k, dtype=torch.bool, device=best.device).expand(B, k, k)
     seen = torch.cat([rows(draft.seen, origin), self_only], dim=2)                    # [B, k, level * k]
     positions = (prefix.length + level - 1)[:, None].expand(B, k)
