@@ -49,11 +49,11 @@ def score_nodes_reference(logits, tokens=None, parents=None, temperature=0.0, un
 
 
 @triton.jit
-def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, N, V, logits_b, logits_n, scale,
+def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, N, V, logits_b, logits_n, chunks, scale,
                  CHUNK: tl.constexpr, GREEDY: tl.constexpr, SUM: tl.constexpr):
     """One chunk of one row: its largest logit, where it is, and the sum of exp(logit - largest)."""
-    row, out = tl.program_id(1), tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    out = tl.program_id(0)        # one dimension: a grid's others end at 65,535, and a training step has as many rows
+    row, at = out // chunks, out % chunks * CHUNK + tl.arange(0, CHUNK)
     # int64: B * N * V passes 2^31 from 280 trees of 60 nodes at V = 128k.
     logits_ptr += (row // N).to(tl.int64) * logits_b + (row % N).to(tl.int64) * logits_n
     x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
@@ -131,12 +131,12 @@ def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, unifo
     log_prob = None if tokens is None else torch.empty(B, N, dtype=torch.float32, device=device)
     if tokens is not None:
         tokens, parents = tokens.contiguous(), parents.contiguous()
-    row = N, V, *logits.stride()[:2]
+    row = N, V, *logits.stride()[:2], chunks
     scale = math.log2(math.e) / (temperature or 1.0)
-    _scan_kernel[(chunks, B * N)](logits, top, total, best, *row, scale,
-                                  CHUNK=chunk, GREEDY=greedy, SUM=not greedy or tokens is not None)
+    _scan_kernel[(B * N * chunks,)](logits, top, total, best, *row, scale,
+                                    CHUNK=chunk, GREEDY=greedy, SUM=not greedy or tokens is not None)
     _choose_kernel[(B * N,)](logits, top, total, best, tokens, parents, None if greedy else uniform.contiguous(),
-                             choice, log_prob, *row, chunks, scale,
+                             choice, log_prob, *row, scale,
                              CHUNK=chunk, CHUNKS=next_power_of_2(chunks), GREEDY=greedy)
     return choice, log_prob
 

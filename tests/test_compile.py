@@ -49,9 +49,13 @@ def compile_only(sm):
             return GPUTarget("cuda", sm, 32)
 
     compiled = []
+
+    def compile(kernel, grid, args, options):
+        assert max(grid[1:], default=1) < 2**16, f"{kernel.__name__}: a GPU has no grid {grid}"
+        compiled.append((kernel.__name__, kernel.run(*args, grid=grid, warmup=True, **options)))
+
     triton.runtime.driver.set_active(Driver())
-    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **options: compiled.append(
-        (kernel.__name__, kernel.run(*args, grid=grid, warmup=True, **options)))
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **options: compile(kernel, grid, args, options)
     return compiled
 
 
@@ -92,6 +96,7 @@ def call_everything(torch, dtype):
     tokens, mask = torch.zeros(1, 60, dtype=torch.long), torch.ones(1, 60, 60, dtype=torch.bool)
     uniform = torch.zeros(1, 60)
     acceptance.score_nodes_triton(empty(1, 60, 128_256))
+    acceptance.score_nodes_triton(empty(2048, 60, 300))    # as many rows as a training step may have
     for temperature in 0.0, 0.7:
         acceptance.score_nodes_triton(empty(1, 60, 128_256), tokens, tokens, temperature, uniform)
     acceptance.accept_triton(tokens, tokens, mask, tokens, 8)
