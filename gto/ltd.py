@@ -12,7 +12,7 @@ from gto.adaptive import AdaptiveEngine
 from gto.data import PROMPT
 from gto.engine import Engine, one_thread_on_cpu
 from gto.evaluate import paired, timed
-from gto.policy import Learned, Space, beside, mlp, observe, save_policy
+from gto.policy import Learned, Rule, Space, beside, mlp, observe, save_policy
 from gto.ppo import ppo
 from gto.replay import Depth, Recording, Size, best_fixed, decide, fit_rule, measure, oracle, record, replay, walk
 from gto.trainer import append_log
@@ -70,25 +70,27 @@ def run(config, target, heads, corpus, out):
     space, places = SPACES[device], config.eval_tokens
     training = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
     held_out = [ids for ids in corpus.prompt_ids(config.eval_prompts) if len(ids) == PROMPT]  # side by side: equal lengths
-    costs = measure(target, next(iter(heads.values()))[1], space, training[:8], PROMPT + places)
+    machine = measure(target, next(iter(heads.values()))[1], space, training[:8], PROMPT + places)
+    costs = {"best fixed": machine, "rule": asking(machine, Rule(space, machine, 1.0)),
+             "LTD": asking(machine, Learned(space, HIDDEN[device]))}
     lines, pictures, methods = [], [], {}
     for name, (file, head) in heads.items():
         seen = record(target, head, training, places, space, progress=bar(f"record {name}"))
         held = record(target, head, held_out, places, space, progress=bar("record held-out"))
         train, validation = part(seen, 0, TRAIN), part(seen, TRAIN, TRAIN + VALIDATE)
-        fixed, rate = best_fixed(train, costs, space)
+        fixed, rate = best_fixed(train, machine, space)
         with torch.enable_grad():
-            learned = learn(train, costs, space, HIDDEN[device], rate, config.seed, bar(f"PPO {name}"))
-        rule = fit_rule(train, costs, space, rate)
-        speed = {key: replay(validation, costs, policy)[0] for key, policy in (("ltd", learned), ("rule", rule))}
+            learned = learn(train, costs["LTD"], space, HIDDEN[device], rate, config.seed, bar(f"PPO {name}"))
+        rule = fit_rule(train, costs["rule"], space, rate)
+        speed = {key: replay(validation, costs[key], policy)[0] for key, policy in (("LTD", learned), ("rule", rule))}
         chosen = max(speed, key=speed.get)
-        save_policy(beside(out / file), learned, costs, rule.rate, chosen)
+        save_policy(beside(out / file), learned, costs["rule"], rule.rate, chosen.lower())
         methods[name] = head, {"best fixed": fixed, "rule": rule, "LTD": learned}, held
-        pictures.append(picture(name, learned, held, costs))
-        lines.append(f"{name}: on {VALIDATE} other training texts the learned policy replays at {speed['ltd']:.0f}"
+        pictures.append(picture(name, learned, held, machine))
+        lines.append(f"{name}: on {VALIDATE} other training texts the learned policy replays at {speed['LTD']:.0f}"
                      f" tokens/s, the rule at {speed['rule']:.0f}: `decode.py --adaptive` uses the faster one.")
     tables = live_table(config, target, methods, costs, held_out, out)
-    text = "\n\n".join([cost_table(space, costs), "\n".join(lines), tables, *pictures])
+    text = "\n\n".join([cost_table(space, machine), "\n".join(lines), tables, *pictures])
     (out / "ltd.md").write_text(text + "\n")
     return text
 
@@ -111,9 +113,10 @@ def cost_table(space, costs):
 
 @torch.inference_mode()                    # as in decoding
 def thinking(policy, repeats=200):
-    """Seconds that an observation, the question whether to stop and the question of the size take, medians: [3]."""
+    """Seconds that a policy takes for a draft of 1, 2, .. levels, medians: [levels]. It observes every level, is asked
+    after each but the last whether to stop, and once for the size."""
     space, times = policy.space, []
-    scores = [torch.rand(1, space.branch ** min(level, 2)).log() for level in range(1, space.levels + 1)]
+    scores = [torch.rand(1, space.branch ** min(level, 2)).log() for level in range(1, space.levels)]
     length = torch.tensor([100])
     for _ in range(repeats):
         stamps = [time.perf_counter()]
@@ -124,7 +127,14 @@ def thinking(policy, repeats=200):
         int(policy.size(seen))
         stamps.append(time.perf_counter())
         times.append([b - a for a, b in zip(stamps, stamps[1:])])
-    return torch.tensor(times).median(0).values
+    observing, stopping, sizing = torch.tensor(times).median(0).values
+    levels = torch.arange(1, space.levels + 1)
+    return levels * observing + levels.clamp(max=space.levels - 1) * stopping + sizing
+
+
+def asking(costs, policy):
+    """Costs that count the policy's own time."""
+    return costs._replace(draft=costs.draft + thinking(policy))
 
 
 def live(engines, prompts, new_tokens):
@@ -150,7 +160,7 @@ def engines_of(config, target, head, policies, sampling, fixed):
 
 
 def live_table(config, target, methods, costs, held_out, out):
-    """methods {head name: (head, {name: policy}, recording of the held-out prompts)} -> Markdown."""
+    """methods {head name: (head, {name: policy}, recording of the held-out prompts)}; costs by name -> Markdown."""
     places, notes = config.eval_tokens, []
     lines = [f"Batch 1, {LIVE[0.0]} held-out prompts at T=0 and {LIVE[1.0]} at T=1 x {places} tokens, prefill"
              f" left out, everything in turn in one run; over best fixed: mean of the prompts ± standard error. Replayed: {len(held_out)} held-out prompts at T=0.\n",
@@ -166,14 +176,15 @@ def live_table(config, target, methods, costs, held_out, out):
             rate, tau = (tokens.sum() / took.sum()).item(), (tokens.sum() / cycles.sum()).item()
             replayed = None
             if temperature == 0 and key in policies:
-                replayed = replay(held, costs, policies[key])[0]
-                notes.append(check(name, key, replay(part(held, 0, LIVE[0.0]), costs, policies[key]), rate, tau))
+                replayed = replay(held, costs[key], policies[key])[0]
+                notes.append(check(name, key, replay(part(held, 0, LIVE[0.0]), costs[key], policies[key]), rate, tau))
             lines.append(f"| {temperature:g} | {name} | {key}{f' {fixed}' if key == 'best fixed' else ''} | {tau:.2f} |"
                          f" {rate:.0f} | {gain:+.1f} ± {error:.1f} | {f'{replayed:.0f}' if replayed else ''} |")
             append_log(out / "log.jsonl", table="ltd", T=temperature, head=name, method=key, tau=tau, tokens_per_s=rate,
                        over_fixed=gain, error=error, replayed=replayed)
         if temperature == 0:
-            best, tau, _ = walk(held, costs, *oracle(held, costs))
+            machine = costs["best fixed"]
+            best, tau, _ = walk(held, machine, *oracle(held, machine))
             lines.append(f"| 0 | {name} | oracle | {tau:.2f} | | | {best:.0f} |")
             notes.append(overhead(name, engines["LTD"], results["LTD"]))
     return "\n".join([*lines, "", *notes])
@@ -186,11 +197,9 @@ def check(head, method, replayed, rate, tau):
 
 
 def overhead(head, engine, result):
-    levels = torch.tensor([level for level, _, _ in engine.decisions], dtype=torch.float)
-    observing, stopping, sizing = thinking(engine.policy).tolist()
-    asked = levels.clamp(max=engine.policy.space.levels - 1)
-    cost = ((levels * observing + asked * stopping).mean() + sizing) / (result[1].sum() / result[2].sum())
-    return f"{head}: the policies take {100 * cost:.1f} % of the time ({levels.mean():.1f} questions a cycle)."
+    levels = torch.tensor([level for level, _, _ in engine.decisions])
+    cost = thinking(engine.policy)[levels - 1].mean() / (result[1].sum() / result[2].sum())
+    return f"{head}: the policies take {100 * cost:.1f} % of the time ({levels.float().mean():.1f} questions a cycle)."
 
 
 def picture(name, policy, recording, costs):
