@@ -162,8 +162,7 @@ def main():
         for trained in itertools.chain(*heads.values()):
             cast(trained, torch.bfloat16)
     if last == STAGES.index("ltd"):
-        chosen = {name: (f"{name}.pt", heads[name][0]) for name in ("draft", "gto")}
-        print(ltd.run(config, target, chosen, corpus, out))
+        print(ltd.run(config, target, {name: heads[name][0] for name in ("draft", "gto")}, corpus, out))
         return
     print(report.table(config, target, heads, corpus, out))
 

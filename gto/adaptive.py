@@ -16,11 +16,13 @@ from gto.tree import TreeShape, candidates, expand, first_level, rerank
 class AdaptiveEngine(Engine):
     """One sequence; its trees have `policy.space.branch` children. `decisions` lists (levels, nodes, observation)."""
 
-    fixed = False  # what a cycle does depends on what it finds
-
     def __init__(self, target, head, policy, sampling=None, capacity=None, score_temp=None):
         super().__init__(target, head, policy.space.shape, sampling, 1, capacity, score_temp)
         self.policy, self.decisions = policy, []
+
+    def whole(self, key, run):
+        """What a cycle does depends on what it finds: only its steps are graphs."""
+        return run()
 
     @torch.inference_mode()
     def prefill(self, prompts):
@@ -35,7 +37,7 @@ class AdaptiveEngine(Engine):
         for level in range(1, space.levels + 1):
             draft = self.deepen(draft) if level > 1 else draft
             self.observe(draft)
-            for nodes in sorted({space.nodes(level, size) for size in range(len(space.sizes))}):
+            for nodes in sorted(set(space.choices(level))):
                 self.check(self.settle(root, draft, nodes))
 
     def draft(self, width=None):

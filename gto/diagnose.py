@@ -48,9 +48,6 @@ def dissect(engine, prompt, new_tokens, stop=()):
         kept            depth to which the greedy path is in the tree; less than `levels`: it was pruned, in the final
                         re-ranking or by not being expanded any further
     """
-    def half(name, run):
-        return engine.step(name, run) if engine.fixed else run()
-
     levels = engine.shape.levels if engine.head is not None else 0
     text, end, starts, paths = engine.prefill([prompt]), None, [], []
     cycles = {name: [] for name in ("draft", "verify", "tree", "greedy", "kept")}
@@ -60,12 +57,12 @@ def dissect(engine, prompt, new_tokens, stop=()):
         if end is not None and len(text) >= end - 1 + levels:
             break
         points = [mark(engine.device)]
-        tree = half("draft", engine.draft)
+        tree = engine.whole("draft", engine.draft)
         points.append(mark(engine.device))
         if levels:
             greedy, kept = greedy_path(engine, tree)
         points.append(mark(engine.device))
-        half("check", partial(engine.check, tree))
+        engine.whole("check", partial(engine.check, tree))
         points.append(mark(engine.device))
         count = engine.count.item()                               # waits for the device
         if end is None:

@@ -23,8 +23,6 @@ class Engine:
     score_temp     temperature of the tree's scores; None: by the sampling temperature
     """
 
-    fixed = True   # the same operations in every cycle, so that one CUDA graph serves them all
-
     def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
         self.target, self.head, self.shape = target, head, shape or TreeShape()
         self.sampling, self.batch = sampling or Sampling(), batch
@@ -133,6 +131,10 @@ class Engine:
                 x.copy_(was)
         return self.graphs[key]()
 
+    def whole(self, key, run):
+        """A whole cycle, or half of one: the same operations every time, so that one CUDA graph serves them all."""
+        return self.step(key, run)
+
     @torch.inference_mode()
     def launch(self):
         """Queue one cycle and the copy of what it emits to the host. -> [B, 1 + P] count and tokens, and on a GPU the
@@ -140,10 +142,7 @@ class Engine:
         if self.graphs is None:
             self.cycle(width=int(self.count.max()) + 1)
             return torch.cat([self.count[:, None], self.emitted], dim=1), None
-        if self.fixed:
-            self.step("cycle", self.cycle)
-        else:
-            self.cycle()
+        self.whole("cycle", self.cycle)
         result = torch.cat([self.count[:, None], self.emitted], dim=1)                # [B, 1 + P]
         host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
         copied = torch.cuda.Event()

@@ -64,17 +64,18 @@ def part(recording, start, stop):
 
 @torch.no_grad()
 def run(config, target, heads, corpus, out):
-    """heads {name: (file, head)} -> Markdown, also in out/ltd.md; leaves out/policy-<file> for decode.py --adaptive."""
+    """heads {name: head of out/<name>.pt} -> Markdown, also in out/ltd.md; leaves out/policy-<name>.pt for decode.py
+    --adaptive."""
     device = target.norm.weight.device.type
     one_thread_on_cpu(device)
     space, places = SPACES[device], config.eval_tokens
     training = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
-    held_out = [ids for ids in corpus.prompt_ids(config.eval_prompts) if len(ids) == PROMPT]  # side by side: equal lengths
-    machine = measure(target, next(iter(heads.values()))[1], space, training[:8], PROMPT + places)
+    held_out = [ids for ids in corpus.prompt_ids(config.eval_prompts) if len(ids) == PROMPT]  # side by side: of a length
+    machine = measure(target, next(iter(heads.values())), space, training[:8], PROMPT + places)
     costs = {"best fixed": machine, "rule": asking(machine, Rule(space, machine, 1.0)),
              "LTD": asking(machine, Learned(space, HIDDEN[device]))}
     lines, pictures, methods = [], [], {}
-    for name, (file, head) in heads.items():
+    for name, head in heads.items():
         seen = record(target, head, training, places, space, progress=bar(f"record {name}"))
         held = record(target, head, held_out, places, space, progress=bar("record held-out"))
         train, validation = part(seen, 0, TRAIN), part(seen, TRAIN, TRAIN + VALIDATE)
@@ -84,7 +85,7 @@ def run(config, target, heads, corpus, out):
         rule = fit_rule(train, costs["rule"], space, rate)
         speed = {key: replay(validation, costs[key], policy)[0] for key, policy in (("LTD", learned), ("rule", rule))}
         chosen = max(speed, key=speed.get)
-        save_policy(beside(out / file), learned, costs["rule"], rule.rate, chosen.lower())
+        save_policy(beside(out / f"{name}.pt"), learned, costs["rule"], rule.rate, chosen.lower())
         methods[name] = head, {"best fixed": fixed, "rule": rule, "LTD": learned}, held
         pictures.append(picture(name, learned, held, machine))
         lines.append(f"{name}: on {VALIDATE} other training texts the learned policy replays at {speed['LTD']:.0f}"
@@ -163,7 +164,8 @@ def live_table(config, target, methods, costs, held_out, out):
     """methods {head name: (head, {name: policy}, recording of the held-out prompts)}; costs by name -> Markdown."""
     places, notes = config.eval_tokens, []
     lines = [f"Batch 1, {LIVE[0.0]} held-out prompts at T=0 and {LIVE[1.0]} at T=1 x {places} tokens, prefill"
-             f" left out, everything in turn in one run; over best fixed: mean of the prompts ± standard error. Replayed: {len(held_out)} held-out prompts at T=0.\n",
+             " left out, everything in turn in one run; over best fixed: mean of the prompts ± standard error."
+             f" Replayed: {len(held_out)} held-out prompts at T=0.\n",
              "| T | head | | tau | tokens/s | over best fixed, % | replayed |", "|---|---|---|---|---|---|---|"]
     for temperature, (name, (head, policies, held)) in itertools.product((0.0, 1.0), methods.items()):
         level, size, space = policies["best fixed"].level, policies["best fixed"].choice, policies["LTD"].space

@@ -38,6 +38,10 @@ class Space:
         """Nodes kept of a draft of `level` levels when size number `size` is chosen: never more than were drafted."""
         return min(self.sizes[size], self.branch + (level - 1) * self.branch ** 2)
 
+    def choices(self, level):
+        """The same for every size: [sizes]."""
+        return [self.nodes(level, size) for size in range(len(self.sizes))]
+
 
 def observe(scores, length, space):
     """What a policy sees of a draft. The same function builds the training data and is called while decoding.
@@ -146,7 +150,8 @@ def beside(head_path):
 
 
 def load_policy(path, shape=None):
-    """The faster of the learned policy and the rule; it is asked on the CPU. UserError if it was made for another tree than `shape`."""
+    """The faster of the learned policy and the rule, to be asked on the CPU. UserError if it was made for another
+    tree than `shape`."""
     contents = read(path, "policy")
     space = Space(**{**contents["space"], "sizes": tuple(contents["space"]["sizes"])})
     if shape not in (None, space.shape):

@@ -74,7 +74,7 @@ def accepted_drafts(draft, future, space):
     accepted, made = torch.zeros(R, space.levels, len(space.sizes), dtype=torch.long, device=device), 0
     for stop in range(1, space.levels + 1):
         made += draft.scores[stop - 1].shape[1]
-        kept = torch.tensor([space.nodes(stop, size) for size in range(len(space.sizes))], device=device)
+        kept = torch.tensor(space.choices(stop), device=device)
         for level in range(stop):
             ahead = (every[:, :made] > score[level]) | (
                 (every[:, :made] == score[level]) & (order[:made] < index[level][:, None]))  # as a stable sort has it
@@ -103,7 +103,7 @@ def measure(target, head, space, prompts, until):
     """Costs on this machine: medians over the cycles that continue the prompts up to a context of `until` tokens."""
     policy = Fixed(space, space.levels, 0)                                            # is never asked
     engine, samples = AdaptiveEngine(target, head, policy, capacity=until + space.levels + 1), []
-    counts = [[space.nodes(level, size) for size in range(len(space.sizes))] for level in range(1, space.levels + 1)]
+    counts = [space.choices(level) for level in range(1, space.levels + 1)]
     distinct = sorted({nodes for row in counts for nodes in row})
     with torch.inference_mode():                                                      # as Engine.launch
         for prompt in prompts:
@@ -111,7 +111,7 @@ def measure(target, head, space, prompts, until):
             while int(engine.length) < until:
                 nodes = distinct[len(samples) % len(distinct)]
                 samples.append((int(engine.length) // Costs.STEP, nodes, *timed_cycle(engine, nodes)))
-    samples = samples[len(distinct):]                                                 # without each size's first, the warm-up
+    samples = samples[len(distinct):]                                                 # without each size's first: warm-up
 
     def median(bucket, nodes=None):
         """Of the cycles with this context and size; where there were none, with any context."""

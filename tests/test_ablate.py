@@ -156,11 +156,7 @@ def test_keep_loss_counts_the_greedy_path_above_the_cut():
     """With a hard cut: by loops, the steps of each chain whose path score is above it, as long as it follows the target."""
     target, head = tiny_models(seed=6)
     own = torch.randint(29, (3, 6), generator=torch.Generator().manual_seed(0)).tolist()
-    engine = Engine(target, None, batch=3, capacity=20)
-    for new in engine.generate([list(row) for row in own], 14):
-        for row, tokens in zip(own, new):
-            row += tokens
-    tokens = torch.tensor(own)
+    tokens = torch.tensor(Engine(target, None, batch=3, capacity=20).complete(own, 14))
     tokens[:, 13] = (tokens[:, 13] + 1) % 29                      # here the text leaves the target's choice
     text, config = read(target, tokens), Config(unroll=2)
     log_q, labels, weight = stages.unroll_text(config, head, text)
