@@ -18,17 +18,13 @@ from pathlib import Path
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto import chat, parallel
-from gto.adaptive import AdaptiveEngine
-from gto.engine import Engine, one_thread_on_cpu
-from gto.errors import UserError, argument_parser, main_guard
-from gto.evaluate import synchronize
-from gto.load import load_head, load_target
-from gto.model import cast
-from gto.policy import beside, load_policy
+from gto.checkpoint import load_head, load_target
+from gto.engine import Engine
+from gto.evaluate import Decoded
 from gto.show import show_tree
 from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
 from gto.tree import TreeShape
+from gto.util import UserError, argument_parser, main_guard, one_thread_on_cpu, rank, ranks, start, synchronize
 from gto.verify import Sampling
 
 
@@ -40,12 +36,11 @@ def parse_arguments():
     parser.add_argument("--out-dir", default="out", help="where train.py left them (default: out)")
     parser.add_argument("--target", help="instead: a target checkpoint, or a folder of Meta's or Hugging Face's files")
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
-    parser.add_argument("--tokenizer", help="default: the target's folder; data/stdlib for a target trained here")
+    parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", help="children,levels,nodes; 1,n,n is a chain (default: 2,4,8, on a GPU"
-                        " 10,7,60)")
+    parser.add_argument("--tree", help="children,depth,nodes; 1,n,n is a chain (default: 2,4,8, on a GPU 10,7,60)")
     parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
-                        " default: the one that python train.py --stage ltd left for the head")
+                        " default: the one that python -m gto.ltd left for the head")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -53,33 +48,23 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
-    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object with all results")
+    parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    arguments.target = arguments.target or f"{arguments.out_dir}/target.pt"
-    arguments.head = arguments.head or f"{arguments.out_dir}/{arguments.method}.pt"
     if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree):
         raise UserError("--method ar drafts nothing: leave out --adaptive, --compare and --show-tree")
+    if not arguments.prompt or arguments.max_new_tokens < 1:
+        raise UserError("the prompt is empty, or --max-new-tokens below 1: give some text to continue")
     return arguments
 
 
-def read_prompt(arguments):
-    """Returns the prompt's token ids, the ids that end a text, and the encoding."""
-    encoding = load_encoding(arguments.tokenizer or
-                             (arguments.target if Path(arguments.target).is_dir() else "data/stdlib"))
-    if arguments.chat:
-        template = chat.guess_template(encoding)
-        ids, _ = chat.encode(template, [{"role": "user", "content": arguments.prompt}], encoding)
-        return ids, chat.stop_ids(template, encoding), encoding
-    return encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}, encoding
-
-
 def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
-    """Returns the new tokens, the tokens that each cycle emitted and the seconds after prefill. show: a text to print
-    before them (once the prompt has proved to be fit); None: print nothing."""
-    decoder, tokens, cycles, began = StreamDecoder(encoding), [], [], None
+    """Returns what was Decoded and the tokens that each cycle emitted. show: a text to print before them (once the
+    prompt has proved to be fit); None: print nothing."""
+    green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    decoder, tokens, cycles = StreamDecoder(encoding), [], []
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
-        if began is None:
+        if not tokens:
             synchronize(engine.device)
             began = time.perf_counter()
             print(show or "", end="", flush=True)
@@ -87,55 +72,60 @@ def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
             cycles.append(len(new))
         tokens += new
         if show is not None:
-            green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
             accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
             print(f"{green}{accepted}{plain}{added}", end="", flush=True)
-    return tokens, cycles, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    if show is not None:
+        print(decoder.finish())
+    return Decoded(tokens, seconds, len(cycles)), cycles
 
 
 def main():
     arguments = parse_arguments()
-    if arguments.max_new_tokens < 1:
-        raise UserError("--max-new-tokens must be at least 1")
+    shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     torch.manual_seed(arguments.seed)
     one_thread_on_cpu(arguments.device)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
-    if not arguments.prompt:
-        raise UserError("the prompt is empty: give some text to continue, --prompt \"def fibonacci(n):\"")
-    parallel.start(arguments.device)
-    target = load_target(arguments.target, arguments.device, ranks="split" if parallel.ranks() > 1 else None)
-    head = load_head(arguments.head, target) if arguments.method != "ar" else None
-    for model in filter(None, (target, head) if arguments.device == "cuda" else ()):
-        cast(model, torch.bfloat16)
-    prompt, stop, encoding = read_prompt(arguments)
-    capacity = min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
-
-    if arguments.adaptive is None:
-        engine = Engine(target, head, shape, sampling, capacity=capacity)
+    start(arguments.device)
+    path = Path(arguments.target or f"{arguments.out_dir}/target.pt")
+    head_path = arguments.head or f"{arguments.out_dir}/{arguments.method}.pt"
+    dtype = torch.bfloat16 if arguments.device != "cpu" else None
+    target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
+    head = load_head(head_path, target, dtype) if arguments.method != "ar" else None
+    encoding = load_encoding(arguments.tokenizer or path)
+    if arguments.chat:
+        from gto.released import chat
+        template = chat.guess_template(encoding)
+        prompt, _ = chat.encode(template, [{"role": "user", "content": arguments.prompt}], encoding)
+        stop = chat.stop_ids(template, encoding)
     else:
-        path = arguments.adaptive or beside(arguments.head)
-        engine = AdaptiveEngine(target, head, load_policy(path, arguments.tree and shape), sampling, capacity)
-    tokens, cycles, seconds = decode(engine, encoding, prompt, arguments.max_new_tokens, stop,
-                                     show="" if arguments.chat else arguments.prompt)
-    rate, tau = (len(tokens) - 1) / max(seconds, 1e-9), (len(tokens) - 1) / max(len(cycles), 1)
-    result = {"text": encoding.decode(tokens), "token_ids": tokens, "acceptance_lengths": cycles, "tau": tau,
-              "tokens_per_second": rate}
-    figures = sys.stderr if parallel.rank() == 0 else sys.stdout                      # which is silent on the others
-    print(f"\n\n{len(tokens)} tokens in {len(cycles)} cycles, {tau:.2f} a cycle (tau), {rate:.0f} tokens/s", file=figures)
+        prompt, stop = encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}
+    n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
+
+    engine = Engine(target, head, shape, sampling, capacity=capacity)
+    if arguments.adaptive is not None:
+        from gto.ltd.engine import AdaptiveEngine
+        from gto.ltd.policy import load_policy, policy_path
+        policy = load_policy(arguments.adaptive or policy_path(head_path), arguments.tree and shape)
+        engine = AdaptiveEngine(target, head, policy, sampling, capacity)
+    decoded, cycles = decode(engine, encoding, prompt, n, stop, show="" if arguments.chat else arguments.prompt)
+    result = {"text": encoding.decode(decoded.tokens), "token_ids": decoded.tokens, "acceptance_lengths": cycles,
+              "tau": decoded.tau, "tokens_per_second": decoded.tokens_per_second}
+    notes = sys.stderr if rank() == 0 else sys.stdout                                 # which is silent on the others
+    print(f"\n{len(decoded.tokens)} tokens in {len(cycles)} cycles, {decoded.tau:.2f} a cycle (tau),"
+          f" {decoded.tokens_per_second:.0f} tokens/s", file=notes)
     if arguments.compare:
         torch.manual_seed(arguments.seed)
-        plain, _, seconds = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt,
-                                   arguments.max_new_tokens, stop)
-        plain_rate = (len(plain) - 1) / max(seconds, 1e-9)
-        same = "" if sampling.temperature else "the same tokens, " if plain == tokens else "DIFFERENT tokens, "
-        print(f"plain decoding: {same}{plain_rate:.0f} tokens/s; speed-up {rate / plain_rate:.2f}", file=figures)
-        result |= {"speedup": rate / plain_rate, "identical": plain == tokens}
+        plain, _ = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt, n, stop)
+        identical, speedup = plain.tokens == decoded.tokens, decoded.tokens_per_second / plain.tokens_per_second
+        same = "" if sampling.temperature else "the same tokens, " if identical else "DIFFERENT tokens, "
+        print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)
+        result |= {"speedup": speedup, "identical": identical}
     if arguments.show_tree:
-        tree_capacity = len(prompt) + shape.levels + 1
-        print("\n" + show_tree(Engine(target, head, shape, sampling, capacity=tree_capacity), prompt, encoding))
+        small = Engine(target, head, shape, sampling, capacity=len(prompt) + shape.depth + 1)
+        print("\n" + show_tree(small, prompt, encoding))
     if arguments.json:
-        print("\n" + json.dumps(result))
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

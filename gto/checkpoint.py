@@ -1,41 +1,32 @@
-"""Our own checkpoints: {kind, config, model}, safe to load, complete or absent."""
-import os
+"""A run's folder: its numbers are written once, what is finished is there whole and not made again.
+
+Under torchrun all ranks call these functions together; rank 0 writes.
+"""
+import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from gto import parallel
-from gto.errors import UserError
+from gto.config import Config
 from gto.head import DraftHead, HeadConfig
-from gto.model import ModelConfig, Target
+from gto.model import ModelConfig, Target, cast
+from gto.util import UserError, append_log, rank, wait, write_text, write_whole
 
 
 def save(path, **contents):
-    """Write to a temporary file and rename it: a crash leaves the old checkpoint or the new one, never half of one.
-
-    Called by all ranks of a torchrun: one writes, and no one returns before the file is there.
-    """
-    if parallel.rank() == 0:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        torch.save(contents, temporary)
-        os.replace(temporary, path)
-    parallel.wait()
-
-
-def save_model(path, model):
-    kind = "head" if isinstance(model, DraftHead) else "target"
-    save(path, kind=kind, config=asdict(model.config), model=model.state_dict())
+    if rank() == 0:
+        write_whole(path, lambda temporary: torch.save(contents, temporary))
+    wait()
 
 
 def read(path, kind, device="cpu"):
     """The contents of a checkpoint of this kind; a UserError if it is anything else."""
     path = Path(path)
     if not path.exists():
-        stage = " --stage ltd" if kind == "policy" else ""
-        raise UserError(f"{path} does not exist: make it with python train.py{stage}, or name another file")
+        maker = "python -m gto.ltd" if kind == "policy" else "python train.py"
+        raise UserError(f"{path} does not exist: make it with {maker}, or name another file")
     try:
         contents = torch.load(path, map_location=device, weights_only=True)
         found = contents["kind"]
@@ -46,19 +37,77 @@ def read(path, kind, device="cpu"):
     return contents
 
 
-def load_target(path, device="cpu"):
+def load_target(path, device="cpu", dtype=None, ranks=None):
+    """A frozen target: a checkpoint *.pt of train.py, or a folder as downloaded (see gto/released/README.md).
+
+    dtype None: a *.pt as it was saved, a download by the device. ranks: under torchrun "gather" or "split" a download.
+    """
+    if Path(path).suffix != ".pt":
+        from gto.released import load
+        return load.load_target(path, device, dtype, ranks)
     contents = read(path, "target", device)
     target = Target(ModelConfig(**contents["config"])).to(device)
     target.load_state_dict(contents["model"])
-    return target.eval().requires_grad_(False)
+    return cast(target, dtype).eval().requires_grad_(False)
 
 
-def load_head(path, target, device="cpu"):
+def load_head(path, target, dtype=None):
+    """A draft head for this target, on its device: a checkpoint *.pt of train.py, or a folder with an EAGLE-3 head."""
+    if Path(path).suffix != ".pt":
+        from gto.released import load
+        return load.load_head(path, target, dtype)
+    device = target.norm.weight.device
     contents = read(path, "head", device)
     config = HeadConfig(**contents["config"])
     if config.target_dim != target.config.dim or config.vocab_size != target.config.vocab_size:
-        raise UserError(f"{path} was trained for another target: {config.target_dim} wide with {config.vocab_size} tokens,"
-                        f" this one has {target.config.dim} and {target.config.vocab_size}")
+        raise UserError(f"{path} was trained for another target, {config.target_dim} wide with {config.vocab_size}"
+                        f" tokens: this one has {target.config.dim} and {target.config.vocab_size}")
     head = DraftHead(config, target).to(device)
     head.load_state_dict(contents["model"])
-    return head.eval()
+    return cast(head, dtype).eval()
+
+
+def remember_config(out, config, corpus=None, **inputs):
+    """Write out/config.json, and the corpus' tokenizer and prompts beside it, so that decoding needs nothing else.
+    UserError if the folder was begun with other numbers or inputs."""
+    path, now = out / "config.json", {**asdict(config), **inputs}
+    if rank() == 0:
+        if path.exists():
+            before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
+            if changed := [name for name, value in now.items() if before[name] != value]:
+                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir, or"
+                                f" delete it")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
+            shutil.copy(Path(corpus.directory) / name, out / name)
+        write_text(path, json.dumps(now, indent=1))
+    wait()
+
+
+def load_config(out):
+    """The Config that train.py wrote to this folder."""
+    try:
+        return Config(**json.loads(Path(out, "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{out}/config.json is missing, or of another version: run python train.py first") from None
+
+
+def exists(path):
+    """As all ranks find it: none goes on to write before all have looked."""
+    found = Path(path).exists()
+    wait()
+    return found
+
+
+def finish(name, model, out, **record):
+    """A stage is complete: log it, save its model, and drop what would have resumed it."""
+    append_log(out / "log.jsonl", stage=name, finished=True, **record)
+    kind = "head" if isinstance(model, DraftHead) else "target"
+    save(out / f"{name}.pt", kind=kind, config=asdict(model.config), model=model.state_dict())
+    (out / f"{name}.partial.pt").unlink(missing_ok=True)
+
+
+def seconds_of(out, stage):
+    """How long a finished stage took."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line["seconds"] for line in lines if line.get("stage") == stage and line.get("finished")][-1]

@@ -1,46 +1,133 @@
-"""From documents to batches: split them by file, encode them, and serve training windows.
+"""From documents to batches: collect them, split them by file, encode them, and serve training windows.
 
-A data directory holds
-    train.bin, val.bin   token ids, flat; each document is followed by the end-of-text token
-    tokenizer.model      how they were encoded (see gto/tokenizer.py)
-    prompts.jsonl        prompts cut from validation documents, in the format of MT-bench's question.jsonl
-    meta.json            sizes, dtype, split pattern; written last, so its presence says the directory is complete
+A data directory holds train.bin and val.bin (token ids, flat; each document is followed by the end-of-text token),
+tokenizer.model, prompts.jsonl (cut from validation documents, in the format of MT-bench's question.jsonl), and
+meta.json (sizes, dtype, split pattern), which is written last: its presence says that the directory is complete.
 """
 import hashlib
 import json
 import os
 import random
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from gto.bpe import train_bpe
-from gto.corpus import collect
-from gto.errors import UserError
-from gto.tokenizer import (END_OF_TEXT, LLAMA3_PATTERN, describe, load_encoding, make_encoding, read_own_meta,
-                           save_tokenizer)
+from gto.tokenizer import (END_OF_TEXT, LLAMA3_PATTERN, load_encoding, make_encoding, read_own_meta, save_tokenizer,
+                           train_bpe)
+from gto.util import UserError, write_text, write_whole
 
+DATASETS = ("stdlib", "python")
 DEFAULT_VOCAB_SIZE = 2048
 BPE_SAMPLE_CHARS = 20_000_000       # more text does not change a small vocabulary, but costs time
 PROMPT = 64                         # tokens of a held-out prompt, at most
 PIECE_CHARS = 100_000               # longest text given to tiktoken at once: its regex can exhaust the stack
+GENERATED_CHARS = 1_000_000         # a longer source file was written by a program
+# Tests and tables are code that nobody would complete by hand.
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages",
+                   "__pycache__"}
 
 
-# Split and prompts ------------------------------------------------------------------------------------------------
+# Documents are (name, text). The name decides on which side of the split one falls: it holds no path of the machine --
 
-def split(documents, val_fraction):
+def collect(dataset, inputs=None):
+    """The documents of a built-in dataset, or of `inputs` (files and directories) if given. Sorted by name."""
+    if inputs:
+        documents = read_inputs(inputs)
+    else:
+        paths = sysconfig.get_paths()
+        documents = read_tree(paths["stdlib"], "lib", SKIPPED_FOLDERS)
+        if dataset == "python":
+            for folder in sorted({paths["purelib"], paths["platlib"]}):
+                documents += read_tree(folder, "site-packages", {"__pycache__"})
+            name_of = {text: name for name, text in sorted(documents, reverse=True)}  # of copies the first stays
+            documents = [(name, text) for text, name in name_of.items()]
+    if not any(text.strip() for _, text in documents):
+        raise UserError(f"no text found in {inputs or 'the standard library'}: give text or code with --input")
+    return sorted(document for document in documents if document[1].strip())
+
+
+def read_tree(root, prefix, skipped):
+    """The Python files below root, without folders named in `skipped`, generated files and what is not UTF-8."""
+    documents = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]
+        for path in (os.path.join(folder, name) for name in files):
+            if path.endswith(".py") and "_sysconfigdata" not in path:             # that one describes the machine
+                documents.append((f"{prefix}/{os.path.relpath(path, root)}".replace(os.sep, "/"), read_text(path)))
+    return [(name, text) for name, text in documents if text is not None and len(text) <= GENERATED_CHARS]
+
+
+def read_text(path):
+    """The file's text, or None if it cannot be read as UTF-8 text."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if "\0" in text else text
+
+
+def read_inputs(paths):
+    """Documents of text files, chat .jsonl files (a document per line) and directories of both."""
+    documents = []
+    for path in paths:
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names] or [path]
+        for file in sorted(file for file in found if os.sep + "." not in file.removeprefix(path)):
+            text = read_text(file)
+            if text is None and file == path:
+                raise UserError(f"--input {path}: no such file or directory, or not UTF-8 text")
+            name = os.path.relpath(file, os.path.dirname(os.path.abspath(path))).replace(os.sep, "/")
+            if text is not None and file.endswith(".jsonl"):
+                documents += [(f"{name}:{i}", render_chat(line, f"{file}, line {i}"))
+                              for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+            elif text is not None:
+                documents.append((name, text))
+    return documents
+
+
+def render_chat(line, where):
+    """One line of a chat .jsonl as plain text, 'User: ...' and 'Assistant: ...'."""
+    turns = read_turns(line, where)
+    if turns and turns[0][0] == "text":
+        return turns[0][1]
+    return "\n\n".join(f"{role.capitalize()}: {text.strip()}" for role, text in turns) + "\n"
+
+
+def read_turns(line, where):
+    """One line of a chat .jsonl -> [(role, text)]; ShareGPT's human and gpt are user and assistant. `where` is for the
+    error. Knows "messages" [{role, content}], "conversations" [{from, value}], "turns" of the user, and "text"."""
+    roles = {"human": "user", "gpt": "assistant", "model": "assistant"}
+    try:
+        record = json.loads(line)
+        if "text" in record:
+            turns = [("text", record["text"])]
+        elif "messages" in record:
+            turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
+        elif "conversations" in record:
+            turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+        else:
+            turns = [("user", turn) for turn in record["turns"] + []]                 # a list, nothing else
+        if not all(isinstance(part, str) for turn in turns for part in turn):
+            raise TypeError
+        return [(roles.get(role, role), text) for role, text in turns]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{where}: expected an object with "text", "turns", "messages" or "conversations"') from None
+
+
+def split(documents, val_fraction=.05):
     """(train, validation) documents, by a hash of the name: the same file falls on the same side in every dataset.
     A handful of documents cannot be divided so; then the last part of each is for validation."""
-    is_val = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < val_fraction * 2**32 for name, _ in documents]
-    if len(documents) >= 20 and 0 < sum(is_val) < len(documents):
-        return ([document for document, val in zip(documents, is_val) if not val],
-                [document for document, val in zip(documents, is_val) if val])
     train, val = [], []
-    for name, text in documents:
-        cut = text.rfind("\n", 0, int(len(text) * (1 - val_fraction))) + 1 or int(len(text) * (1 - val_fraction))
-        train.append((name, text[:cut]))
-        val.append((name, text[cut:]))
+    for document in documents:
+        hashed = int(hashlib.sha256(document[0].encode()).hexdigest()[:8], 16)
+        (val if hashed < val_fraction * 2**32 else train).append(document)
+    if len(documents) < 20 or not train or not val:
+        ends = [int(len(text) * (1 - val_fraction)) for _, text in documents]
+        cuts = [text.rfind("\n", 0, end) + 1 or end for (_, text), end in zip(documents, ends)]
+        train = [(name, text[:cut]) for (name, text), cut in zip(documents, cuts)]
+        val = [(name, text[cut:]) for (name, text), cut in zip(documents, cuts)]
     return train, val
 
 
@@ -50,7 +137,7 @@ def cut_prompts(documents, count=128, seed=0):
     rng = random.Random(seed)
     documents = [(name, text.splitlines(keepends=True)) for name, text in documents if len(text) >= 100]
     rng.shuffle(documents)
-    records, seen = [], set()
+    prompts = {}
     for attempt in range(10 * count if documents else 0):
         name, lines = documents[attempt % len(documents)]
         starts = [i for i, line in enumerate(lines) if line.strip()]
@@ -60,107 +147,72 @@ def cut_prompts(documents, count=128, seed=0):
         while start < len(lines) and len(text) < length:
             text, start = text + lines[start], start + 1
         if len(text) > 300:                                       # a long line: stop before a word
-            text = text[:text.rfind(" ", 100, 300)] if " " in text[100:300] else text[:300]
-        text = text.rstrip()
-        if len(text) >= 100 and text not in seen:
-            seen.add(text)
-            kind = text.split(maxsplit=1)[0]
-            category = kind if kind in ("def", "class") else "text"
-            records.append({"question_id": len(records), "category": category, "turns": [text], "source": name})
-            if len(records) == count:
-                break
-    return records
+            text = text[:300].rsplit(" ", 1)[0]
+        if len(text := text.rstrip()) >= 100:
+            prompts.setdefault(text, name)
+        if len(prompts) == count:
+            break
+    return [{"question_id": i, "turns": [text], "source": name} for i, (text, name) in enumerate(prompts.items())]
 
 
 def read_prompts(path, limit=None):
     """The first `limit` prompts of a question.jsonl (ours, MT-bench, HumanEval, GSM8K): each a list of user turns."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts {path}: {error}") from None
-    prompts = []
-    for number, line in enumerate(lines[:limit], 1):
-        try:
-            turns = json.loads(line)["turns"]
-        except (ValueError, KeyError, TypeError):
-            turns = None
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns)):
-            raise UserError(f'{path}, prompt {number}: expected {{"turns": ["text", ...]}} on one line')
-        prompts.append(turns)
-    if not prompts:
-        raise UserError(f"{path} holds no prompts")
+    lines = [line for line in (read_text(path) or "").split("\n") if line.strip()]
+    prompts = [[text for role, text in read_turns(line, f"{path}, prompt {number}") if role == "user" and text]
+               for number, line in enumerate(lines[:limit], 1)]
+    if not all(prompts) or not prompts:
+        raise UserError(f'{path} holds no prompts, or an empty one: expected {{"turns": ["text", ...]}} on every line')
     return prompts
 
 
-# Preparation ------------------------------------------------------------------------------------------------------
-
-def prepare(out, dataset="stdlib", inputs=None, vocab_size=None, tokenizer=None, val_fraction=.05):
-    """Write the data directory `out` and return its meta.
-
-    dataset, inputs   see gto.corpus.collect
-    vocab_size        ids of a BPE trained here, with the end-of-text token (default 2048); small corpora give fewer
-    tokenizer         use this one instead (see load_encoding)
-    """
-    if tokenizer is not None and vocab_size is not None:
-        raise UserError("--vocab-size is for a tokenizer trained here: leave it out, or leave --tokenizer out")
+def prepare(out, dataset="stdlib", inputs=None, vocab_size=None, tokenizer=None):
+    """Write the data directory `out` and return its meta. dataset, inputs: see `collect`. vocab_size: ids of a BPE
+    trained here, with the end-of-text token (default 2048; little text gives fewer); tokenizer: use this one."""
     vocab_size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size}: at least 257, for the 256 bytes and the end-of-text token")
-    if not 0 < val_fraction <= .5:
-        raise UserError(f"--val-fraction {val_fraction}: more than 0 and at most 0.5")
-    make_room(out)
     encoding = load_encoding(tokenizer) if tokenizer is not None else None
-    train, val = split(collect(dataset, inputs, download_dir=out), val_fraction)
+    train, val = split(collect(dataset, inputs))
+    out = make_room(out)
     if encoding is None:
         stride = 1 + sum(len(text) for _, text in train) // BPE_SAMPLE_CHARS
         ranks = train_bpe([text for _, text in train[::stride]], vocab_size - 1, LLAMA3_PATTERN)
         encoding = make_encoding("trained here", LLAMA3_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
 
-    meta = describe(encoding)
-    for name in "meta.json", "tokenizer.model":                   # from here till the end the directory is incomplete
-        if os.path.exists(path := os.path.join(out, name)):
-            os.remove(path)
+    meta = save_tokenizer(out / "tokenizer.model", encoding)
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
     for side, documents in ("train", train), ("val", val):
-        meta[f"{side}_documents"] = len(documents)
-        meta[f"{side}_tokens"] = write_tokens(os.path.join(out, f"{side}.bin"), documents, encoding, meta)
+        tokens = encode(documents, encoding, meta)
+        write_whole(out / f"{side}.bin", tokens.tofile)
+        meta |= {f"{side}_documents": len(documents), f"{side}_tokens": len(tokens)}
     characters = sum(len(text) for _, text in train + val)
     meta["chars_per_token"] = round(characters / (meta["train_tokens"] + meta["val_tokens"]), 3)
-    write_text(os.path.join(out, "prompts.jsonl"), "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
-    save_tokenizer(os.path.join(out, "tokenizer.model"), encoding)
-    write_text(os.path.join(out, "meta.json"), json.dumps(meta, indent=1))
+    write_text(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
+    write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 
 def make_room(out):
-    """Create `out`; refuse a folder whose tokenizer.model or meta.json somebody else wrote, such as a model's."""
+    """Create `out`, incomplete from here on; refuse a folder whose tokenizer.model or meta.json somebody else wrote."""
+    out, ours = Path(out), read_own_meta(out) is not None
     try:
-        os.makedirs(out, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    if read_own_meta(out) is None:
-        for name in "meta.json", "tokenizer.model":
-            if os.path.exists(os.path.join(out, name)):
-                raise UserError(f"{out} holds a {name} that is not of a data directory: choose another --out")
+    for path in filter(Path.exists, (out / "meta.json", out / "tokenizer.model")):
+        if not ours:
+            raise UserError(f"{path} is not of a data directory, but a model's perhaps: choose another --out")
+        path.unlink()
+    return out
 
 
-def write_tokens(path, documents, encoding, meta):
-    """Encode (name, text) documents into a flat file of meta["dtype"]. Returns the number of tokens."""
-    count = 0
-    with open(f"{path}.tmp", "wb") as file, tqdm(total=len(documents), desc=f"encode {os.path.basename(path)}",
-                                                 unit="doc", disable=None) as bar:
-        for start in range(0, len(documents), 64):
-            batch = [pieces(text) for _, text in documents[start:start + 64]]
-            ids = iter(encoding.encode_ordinary_batch([piece for parts in batch for piece in parts],
-                                                      num_threads=os.cpu_count() or 1))
-            for parts in batch:
-                tokens = [token for _ in parts for token in next(ids)] + [meta["eot_id"]]
-                np.array(tokens, dtype=meta["dtype"]).tofile(file)
-                count += len(tokens)
-            bar.update(len(batch))
-    os.replace(f"{path}.tmp", path)
-    return count
+def encode(documents, encoding, meta):
+    """All (name, text) documents as one array of meta["dtype"], an end-of-text token behind each."""
+    parts = []
+    for _, text in tqdm(documents, "encode", unit="doc", disable=None):
+        ids = encoding.encode_ordinary_batch(pieces(text), num_threads=os.cpu_count() or 1)
+        parts.append(np.array([token for piece in ids for token in piece] + [meta["eot_id"]], dtype=meta["dtype"]))
+    return np.concatenate(parts)
 
 
 def pieces(text):
@@ -173,42 +225,26 @@ def pieces(text):
     return [*parts, text]
 
 
-def write_text(path, text):
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
-
-
-# Batches ----------------------------------------------------------------------------------------------------------
-
 class Corpus:
     """A prepared data directory: `meta` (dict), `encoding`, `prompts` (strings) and random training windows."""
 
     def __init__(self, directory):
+        self.directory, meta = directory, read_own_meta(directory)
         try:
-            with open(os.path.join(directory, "meta.json"), encoding="utf-8") as file:
-                self.meta = json.load(file)
-            self.vocab_size, self.eot_id = self.meta["vocab_size"], self.meta["eot_id"]
-            sizes = {side: self.meta[f"{side}_tokens"] for side in ("train", "val")}
-            self.tokens = {side: np.memmap(os.path.join(directory, f"{side}.bin"), self.meta["dtype"], "r")
-                           for side in sizes}                     # [tokens]
+            self.vocab_size, self.eot_id = meta["vocab_size"], meta["eot_id"]
+            self.tokens = {side: np.memmap(Path(directory, f"{side}.bin"), meta["dtype"], "r")
+                           for side in ("train", "val")}          # [tokens]
+            if any(len(tokens) != meta[f"{side}_tokens"] for side, tokens in self.tokens.items()):
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{directory} holds no prepared data: run python prepare_data.py --out {directory}, "
-                            "or name another directory") from None
-        for side, size in sizes.items():
-            if len(self.tokens[side]) != size:
-                raise UserError(f"{directory}/{side}.bin has {len(self.tokens[side])} tokens, meta.json says {size}: "
-                                f"run python prepare_data.py --out {directory} again")
-        self.directory = directory
+            raise UserError(f"{directory} holds no prepared data, or only a part: run python prepare_data.py --out"
+                            f" {directory}, or name another directory") from None
         self.encoding = load_encoding(directory)
 
-    def prompts(self, limit=None):
-        """Held-out prompts, a string each."""
-        return [turns[0] for turns in read_prompts(os.path.join(self.directory, "prompts.jsonl"), limit)]
-
     def prompt_ids(self, limit=None):
-        """Their first PROMPT tokens, a list of ids each."""
-        return [self.encoding.encode_ordinary(prompt)[:PROMPT] for prompt in self.prompts(limit)]
+        """The first PROMPT tokens of the held-out prompts, a list of ids each."""
+        prompts = read_prompts(Path(self.directory, "prompts.jsonl"), limit)
+        return [self.encoding.encode_ordinary(turns[0])[:PROMPT] for turns in prompts]
 
     def batch(self, side, step, batch_size, length, seed=0):
         """Windows of length+1 consecutive tokens: int64 [batch_size, length+1], inputs and targets overlapping.
@@ -222,15 +258,11 @@ class Corpus:
         return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
 
 
-def ensure_data(directory, dataset="stdlib", vocab_size=None):
-    """The Corpus in `directory`, which is prepared first if it does not exist or is empty.
-
-    What is there already is taken as it is. UserError if that is no (complete) data, or if vocab_size is given and
-    the vocabulary has another size."""
-    if not os.path.isdir(directory) or set(os.listdir(directory)) <= {"shakespeare.txt"}:
+def ensure_data(directory, dataset, vocab_size):
+    """Prepare a built-in dataset if `directory` does not exist or is empty; what is there must have this vocab_size."""
+    if not os.path.isdir(directory) or not os.listdir(directory):
         prepare(directory, dataset, vocab_size=vocab_size)
-    corpus = Corpus(directory)
-    if vocab_size not in (None, corpus.vocab_size):
-        raise UserError(f"the vocabulary in {directory} has {corpus.vocab_size} ids, not {vocab_size}: leave "
-                        f"--vocab-size out or run python prepare_data.py --out {directory} --vocab-size {vocab_size}")
-    return corpus
+    found = Corpus(directory).vocab_size
+    if found != vocab_size:
+        raise UserError(f"the vocabulary in {directory} has {found} ids, not {vocab_size}: leave --vocab-size out, or"
+                        f" run python prepare_data.py --out {directory} --vocab-size {vocab_size}")

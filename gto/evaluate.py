@@ -1,75 +1,203 @@
-"""Acceptance length and speed, measured the same way for every method."""
+"""How good a head is: its acceptance length tau, its speed, and the table at the end of a run.
+
+tau is measured along texts that the target has written before: a cycle drafts at the current root, accepts the path
+that the text goes, and moves on. At T=0 this is what decoding does. At T>0 it is so in distribution: the target's draws
+may be made in advance, one per position instead of one per node, as verification meets at most one node of a position.
+All heads meet the same text, and no target forward is needed. Speed is measured by decoding, batch 1, all methods in
+turn, so that they share the machine's good and bad moments.
+"""
+import json
 import time
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from gto.checkpoint import seconds_of
 from gto.engine import Engine
-from gto.verify import Sampling
+from gto.model import Prefix
+from gto.rollout import Text, target_forward
+from gto.tree import TreeShape, draft_tree
+from gto.util import one_thread_on_cpu, rank, synchronize, table, write_text
+from gto.verify import Sampling, accept
 
-
-def acceptance(target, head, prompts, shape, temperature, new_tokens, batch=16, score_temp=None, seed=0):
-    """Decode all prompts, `batch` at a time.
-
-    Returns tau [prompts]: tokens emitted per draft-verify cycle, the bonus token counted, by prompt;
-            outputs: the first `new_tokens` tokens of each.
-    """
-    torch.manual_seed(seed)
-    taus, outputs = [], []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start:start + batch]
-        capacity = max(map(len, part)) + new_tokens + shape.levels + 1
-        engine = Engine(target, head, shape, Sampling(temperature), len(part), capacity, score_temp)
-        rows, cycles, emitted = [[token] for token in engine.prefill(part)], [0] * len(part), [0] * len(part)
-        stream = engine.cycles()
-        while any(len(row) < new_tokens for row in rows):
-            for b, tokens in enumerate(next(stream)):
-                if len(rows[b]) < new_tokens:
-                    rows[b] += tokens
-                    cycles[b] += 1
-                    emitted[b] += len(tokens)
-        taus += [n / max(c, 1) for n, c in zip(emitted, cycles)]
-        outputs += [row[:new_tokens] for row in rows]
-    return torch.tensor(taus), outputs
-
-
-def timed(engine, prompt, new_tokens, stop=()):
-    """Decode one prompt until `new_tokens` tokens are there, or one of `stop`.
-
-    Returns the seconds of every cycle, until its tokens are on the host and without the prefill; all tokens; and the
-    drafts accepted in every cycle. The last cycle counts in full, whatever it overshoots: time and tokens must match.
-    """
-    new = engine.prefill([prompt])
-    out, accepted, cycles = list(new), [], engine.cycles()
-    synchronize(engine.device)
-    times = [time.perf_counter()]
-    while len(out) < new_tokens and not any(token in stop for token in new):
-        new = next(cycles)[0]
-        out += new
-        accepted.append(len(new) - 1)
-        times.append(time.perf_counter())
-    synchronize(engine.device)                         # a GPU has begun a cycle more; it must not disturb what follows
-    return [end - start for start, end in zip(times, times[1:])], out, accepted
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def speeds(engines, prompts, new_tokens, desc="speed"):
-    """Tokens per second of several engines (batch 1), {name: [tokens/s by prompt]}, prompt by prompt in turn, so that
-    a machine that slows down slows all of them."""
-    result = {name: [] for name in engines}
-    for i, prompt in enumerate(tqdm(prompts[:1] + prompts, desc=desc, unit="prompt")):  # the first is the warm-up
-        for name, engine in engines.items():
-            seconds, tokens, _ = timed(engine, prompt, new_tokens)
-            if i:
-                result[name].append((len(tokens) - 1) / sum(seconds))
-    return {name: torch.tensor(values) for name, values in result.items()}
+SCORE_TEMPS = {0.0: (0.2, 0.4, 0.6, 1.0), 1.0: (0.6, 1.0, 1.5)}    # to choose from, by decoding temperature
+TIMED = 8                                                           # prompts decoded by the clock
 
 
 def paired(a, b):
     """Mean and standard error of a - b over prompts: both decode the same ones, so their common difficulty cancels."""
-    difference = a - b
-    return difference.mean().item(), (difference.std() / len(difference) ** 0.5).item()
+    return (a - b).mean().item(), ((a - b).std() / len(a) ** 0.5).item()
+
+
+class FixedText(NamedTuple):
+    text: Text               # [B, T], padded on the right
+    start: torch.Tensor      # [B] the first root: the token after the prompt
+    stop: torch.Tensor       # [B] decoding ends with the cycle that reaches it
+
+
+def fixed_text(target, prompts, new_tokens, temperature, ahead, seed=0):
+    """Let the target continue the prompts (lists of ids) by `new_tokens` and the `ahead` that a last tree sees."""
+    torch.manual_seed(seed)
+    engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
+                    capacity=max(map(len, prompts)) + new_tokens + ahead)
+    rows = engine.complete(prompts, new_tokens + ahead)
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=engine.device)
+    start = torch.tensor([len(prompt) for prompt in prompts], device=engine.device)
+    return FixedText(target_forward(target, tokens), start, start + new_tokens - 1)
+
+
+def accepted_length(fixed, rows, length, tree):
+    """How many of its drafts a tree behind the token at `length` of these texts gets accepted, [n]."""
+    says = (length[:, None] + tree.depth + 1).clamp(max=fixed.text.tokens.shape[1] - 1)   # a leaf's is not looked at
+    choice = fixed.text.tokens[rows[:, None], says]
+    return accept(tree, choice, tree.tokens.shape[1])[1]
+
+
+@torch.no_grad()
+def replay_text(fixed, draft):
+    """Decode all texts. draft(rows [n], length [n]) -> a Tree behind the token at `length` of each of these texts.
+
+    Returns tau [B]: tokens emitted per cycle, the target's own one counted."""
+    length, cycles = fixed.start.clone(), torch.zeros_like(fixed.start)
+    while len(rows := (length < fixed.stop).nonzero().squeeze(1)):
+        length[rows] += accepted_length(fixed, rows, length[rows], draft(rows, length[rows])) + 1
+        cycles[rows] += 1
+    return (length - fixed.start) / cycles.clamp(min=1)
+
+
+def drafting(head, fixed, score_temp):
+    """-> draft(rows, length, shape), which drafts a Tree behind the token at `length` of each of these texts."""
+    with torch.no_grad():
+        hidden, kv = head.read(fixed.text.features, fixed.text.tokens)
+    return lambda rows, length, shape: draft_tree(
+        head, hidden[rows, length - 1], fixed.text.tokens[rows, length], Prefix(kv, length, rows), shape, score_temp)
+
+
+def tau(head, fixed, shape, score_temp):
+    """Acceptance length [B] of a head's trees."""
+    draft = drafting(head, fixed, score_temp)
+    return replay_text(fixed, lambda rows, length: draft(rows, length, shape))
+
+
+def best_score_temp(head, fixed, shape, temperatures):
+    """The temperature of the scores with the largest mean tau."""
+    return max(temperatures, key=lambda s: tau(head, fixed, shape, s).mean().item())
+
+
+def tau_and_misalignment(head, fixed, shape, score_temp):
+    """Acceptance length [B], and the paper's diagnosis: the shares of cycles in which the head's greedy path (arg-max
+    tokens from the root, as deep as the tree) is not in the tree to its full depth, and in which the tree gets accepted
+    just what the greedy path alone would have."""
+    draft, chain, pruned, matched = drafting(head, fixed, score_temp), TreeShape(1, shape.depth, shape.depth), [], []
+
+    def tree_and_path(rows, length):
+        tree, path = draft(rows, length, shape), draft(rows, length, chain)
+        pruned.append(greedy_depth(tree, path) < shape.depth)
+        matched.append(accepted_length(fixed, rows, length, tree) == accepted_length(fixed, rows, length, path))
+        return tree
+
+    lengths = replay_text(fixed, tree_and_path)
+    return lengths, torch.cat(pruned).float().mean().item(), torch.cat(matched).float().mean().item()
+
+
+def greedy_depth(tree, path):
+    """How deep the greedy path, the Tree of a chain, is still in the tree: [B]. As in verification, a node lies on the
+    path if it and all its ancestors match."""
+    matches = tree.tokens == path.tokens.gather(1, tree.depth)                        # [B, N]
+    on_path = (matches[:, None] | ~tree.mask).all(-1)                                 # [B, N]
+    return (tree.depth * on_path).amax(1)
+
+
+class Decoded(NamedTuple):
+    """One prompt, decoded by the clock. The prefill, from which the first token comes, is not timed."""
+    tokens: list
+    seconds: float
+    cycles: int
+
+    @property
+    def tau(self):
+        return (len(self.tokens) - 1) / max(self.cycles, 1)
+
+    @property
+    def tokens_per_second(self):
+        return (len(self.tokens) - 1) / max(self.seconds, 1e-9)
+
+
+def timed(engine, prompt, new_tokens, stop=()):
+    """Decode one prompt until `new_tokens` tokens are there, or one of `stop`. -> Decoded. The last cycle counts in
+    full, whatever it overshoots: time and tokens must match."""
+    new = tokens = engine.prefill([prompt])
+    stream, cycles = engine.cycles(), 0
+    synchronize(engine.device)
+    began = time.perf_counter()
+    while len(tokens) < new_tokens and not any(token in stop for token in new):
+        new = next(stream)[0]
+        tokens, cycles = tokens + new, cycles + 1
+    seconds = time.perf_counter() - began
+    synchronize(engine.device)                         # a GPU has begun a cycle more; it must not disturb what follows
+    return Decoded(tokens, seconds, cycles)
+
+
+def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
+    """Decode by several engines of batch 1, {name: Engine}, prompt by prompt in turn. -> {name: [Decoded]}."""
+    result = {name: [] for name in engines}
+    for prompt in tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0):
+        for name, engine in engines.items():
+            result[name].append(timed(engine, prompt, new_tokens, stop))
+    return {name: decoded[1:] for name, decoded in result.items()}                    # the first is the warm-up
+
+
+def report(config, target, heads, corpus, out):
+    """heads {"draft" | "control" | "gto": [a head per seed]} -> Markdown, also in out/table.md and out/results.json."""
+    shape, new_tokens = TreeShape.parse(config.tree), config.eval_tokens
+    prompts = corpus.prompt_ids(config.eval_prompts * 5 // 4)
+    others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]       # score temperatures; the rest
+    rows, taus = {}, {}
+    for T, temperatures in SCORE_TEMPS.items():
+        test = fixed_text(target, prompts, new_tokens, T, shape.depth)
+        tune = fixed_text(target, others, new_tokens // 2, T, shape.depth, seed=1)
+        rows[T, "ar"] = {"T": f"{T:g}", "method": "ar", "tau": 1.0}
+        for name, trained in tqdm(heads.items(), desc=f"tau, T={T:g}", unit="method"):
+            best = [best_score_temp(head, tune, shape, temperatures) for head in trained]
+            found, *shares = zip(*(tau_and_misalignment(head, test, shape, s) for head, s in zip(trained, best)))
+            taus[name, T] = torch.stack(found)                                        # [seeds, prompts]
+            mean, error = paired(taus[name, T].mean(0), 0.0)
+            pruned, matched = (f"{sum(share) / len(share):.0%}" for share in shares)
+            rows[T, name] = {"T": f"{T:g}", "method": name, "tau": mean, "±": error,
+                             "by seed": [round(tau, 3) for tau in taus[name, T].mean(1).tolist()],
+                             "score temp.": best, "path pruned": pruned, "accepted = path's": matched}
+        if T == 0:                                                                    # is speculation lossless?
+            plain = [row[len(prompt):][:new_tokens] for row, prompt in zip(test.text.tokens.tolist(), prompts)]
+            engine = Engine(target, heads["gto"][0], shape, batch=len(prompts), capacity=test.text.tokens.shape[1])
+            written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
+            equal, distinct = sum(map(list.__eq__, written, plain)), sum(len(set(row)) for row in plain) / len(plain)
+    one_thread_on_cpu(target.norm.weight.device)
+    for T in SCORE_TEMPS:
+        engines = {name: Engine(target, heads[name][0] if name in heads else None, TreeShape.default(engine.device),
+                                Sampling(T), capacity=engine.capacity + 16) for name in ("ar", *heads)}
+        decoded = speeds(engines, prompts[:TIMED], new_tokens, desc=f"speed, T={T:g}")
+        rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
+        for name, rate in rates.items():
+            rows[T, name] |= {"tokens/s": round(rate.median().item()),
+                              "speed-up": round((rate / rates["ar"]).median().item(), 2)}
+            rows[T, name] |= {"training, s": round(seconds_of(out, name))} if name in heads else {}
+    differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[a, T].mean(0), taus[b, T].mean(0)) for T in SCORE_TEMPS}
+                   for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
+    lines = [table([dict.fromkeys(rows[0.0, "gto"], "") | row for row in rows.values()]),
+             f"\ntau with tree {config.tree} ± standard error over {len(prompts)} held-out prompts x {new_tokens}"
+             f" tokens, mean of {config.seeds} seeds, each head with its best score temperature. Path: the head's"
+             f" greedy path. Speed: batch 1, decode.py's default tree, median over {TIMED} prompts.",
+             f"Greedy output equal to plain greedy decoding: {equal} of {len(prompts)} texts, with {distinct:.0f}"
+             f" distinct tokens each."]
+    lines += [f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."
+              for pair, by_T in differences.items()]
+    gains = [T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error]
+    lines.append(f"GTO {'beats' if gains else 'does not beat'} the continuation that took as long, by two standard"
+                 f" errors, at {' and '.join(gains) or 'either temperature'}.")
+    results = {"rows": list(rows.values()), "differences": differences, "prompts": len(prompts), "greedy_equal": equal,
+               "distinct_tokens": distinct}
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "table.md", "\n".join(lines) + "\n")
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gto.model import Attention, KVCache, ModelConfig, RMSNorm, SwiGLU, rotary_frequencies
+from gto.model import KV, Attention, ModelConfig, RMSNorm, SwiGLU, rotary_frequencies, rotation
 
 
 @dataclass
@@ -40,15 +40,6 @@ class DraftHead(nn.Module):
         self.register_buffer("token_ids", torch.arange(config.draft_vocab_size))
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
-    def init_weights(self):
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-        return self
-
-    def new_cache(self, sequences, capacity):
-        return KVCache(self.config, 1, sequences, capacity, like=self.norm.weight)
-
     def fuse(self, features):
         """The target's low, middle and high features [..., 3 * target_dim] -> [..., dim]."""
         return self.fc(features.to(self.fc.weight.dtype))
@@ -57,8 +48,7 @@ class DraftHead(nn.Module):
         """hidden [B, N, dim], tokens and positions [B, N] -> attention input [B, N, 2 * dim], cos, sin."""
         embed = self.embed if self.config.own_embedding else self._lent[0]
         x = torch.cat([self.token_norm(embed(tokens).to(hidden.dtype))[1], self.feature_norm(hidden)[1]], dim=-1)
-        angles = positions[..., None].float() * self.frequencies
-        return x, angles.cos(), angles.sin()
+        return x, *rotation(positions, self.frequencies)
 
     def outputs(self, hidden, attended):
         """The residual is the un-normed input. The sum, before `norm`, is the next step's feature."""
@@ -79,39 +69,47 @@ class DraftHead(nn.Module):
         """[..., dim] -> [..., draft_vocab_size], over draft ids; `token_ids` maps them to the target's."""
         return self.unembed(self.norm(hidden)[1])
 
+    def read(self, features, tokens):
+        """Over whole texts: features [B, T, 3 * target_dim], tokens [B, T] -> hidden [B, T, dim], KV. What stands in
+        slot T - 1, which lacks its next token, is not to be used."""
+        slots = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        hidden, k, v = self(self.fuse(features), tokens.roll(-1, dims=1), slots)
+        return hidden, KV([k], [v])
+
     def unroll(self, features, tokens, roots, chains):
         """Draft along given chains, with gradient: EAGLE-3's training-time test, and GTO's log-probabilities.
 
-        features [B, T, 3 * target_dim]; tokens [B, T], token t+1 of slot t; roots [B, R] slots where chains start;
+        features [B, T, 3 * target_dim], tokens [B, T] of texts; roots [B, R] slots where chains start;
         chains [B, R, J] the tokens drafted after each root slot's prediction, in order.
         Returns hidden [B, R, J+1, dim]: `[:, r, j]` predicts chain token j of root r, having read tokens 0 .. j-1.
-
-        Step j attends to the true slots up to the root and to its own chain's earlier steps, as in decoding: a
-        position's own keys are one dot product each, so no mask beyond the causal one is needed.
-        """
+        It attends to the true slots up to the root, as in decoding, and to its own chain's earlier steps."""
         (B, T), (R, J) = tokens.shape, chains.shape[1:]
-        G, D = self.config.kv_heads, self.config.head_dim
-        group = self.config.heads // G
-
-        def at_roots(x):                                                              # [B, T, C] -> [B, R, C]
-            return x.gather(1, roots[..., None].expand(-1, -1, x.shape[-1]))
-
-        slots = torch.arange(T, device=tokens.device)
-        hidden, k0, v0 = self(self.fuse(features), tokens, slots.expand_as(tokens))
-        hidden = at_roots(hidden)                                                     # [B, R, dim]
-        steps, ks, vs = [hidden], [], []
-        unseen = (slots > roots[..., None])[:, None, None]                            # [B, 1, 1, R, T]
+        hidden, ((k_true,), (v_true,)) = self.read(features, tokens)
+        hidden = hidden.gather(1, roots[..., None].expand(B, R, hidden.shape[-1]))    # [B, R, dim]
+        unseen = torch.arange(T, device=roots.device) > roots[..., None]              # [B, R, T]
+        steps, chain_kv = [hidden], []
         for j in range(J):
             x, cos, sin = self.inputs(hidden, chains[:, :, j], roots + j + 1)
-            q, k, v = self.attn.project(x, cos, sin)                                  # [B, H|G, R, D]
-            ks.append(k[:, :, None]), vs.append(v[:, :, None])                        # [B, G, 1, R, D]
-            q = q.view(B, G, group, R, D) * D ** -0.5
-            true = torch.einsum("bghrd,bgtd->bghrt", q, k0).masked_fill(unseen, float("-inf"))
-            own = torch.stack([(q * k).sum(-1) for k in ks], dim=-1)                  # [B, G, group, R, j+1]
-            weight = torch.cat([true, own], dim=-1).float().softmax(-1).to(q.dtype)
-            attended = torch.einsum("bghrt,bgtd->bghrd", weight[..., :T], v0)
-            for i, v in enumerate(vs):
-                attended = attended + weight[..., T + i, None] * v
-            hidden = self.outputs(hidden, self.attn.merge(attended.reshape(B, -1, R, D)))
+            q, k, v = self.attn.project(x, cos, sin)                                  # [B, heads|kv_heads, R, D]
+            chain_kv.append((k, v))
+            attended = attend_chain(q, k_true, v_true, unseen, chain_kv)              # [B, heads, R, D]
+            hidden = self.outputs(hidden, self.attn.merge(attended))
             steps.append(hidden)
         return torch.stack(steps, dim=2)
+
+
+def attend_chain(q, k_true, v_true, unseen, chain_kv):
+    """One step of R chains: attention to the true slots, and to each chain's own steps so far.
+
+    q [B, heads, R, D]; k_true, v_true [B, kv_heads, T, D]; unseen [B, R, T] bool: true slots behind a chain's root;
+    chain_kv [(k, v)] by step, [B, kv_heads, R, D] each. A step's own keys are one dot product each: no mask is needed.
+    """
+    (B, H, R, D), (G, T) = q.shape, k_true.shape[1:3]
+    q = q.view(B, G, H // G, R, D) * D ** -0.5
+    true = torch.einsum("bghrd,bgtd->bghrt", q, k_true).masked_fill(unseen[:, None, None], float("-inf"))
+    own = torch.stack([(q * k[:, :, None]).sum(-1) for k, _ in chain_kv], dim=-1)     # [B, G, H / G, R, steps]
+    weight = torch.cat([true, own], dim=-1).float().softmax(-1).to(q.dtype)
+    attended = torch.einsum("bghrt,bgtd->bghrd", weight[..., :T], v_true)
+    for i, (_, v) in enumerate(chain_kv):
+        attended = attended + weight[..., T + i, None] * v[:, :, None]
+    return attended.reshape(B, H, R, D)

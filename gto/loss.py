@@ -1,19 +1,25 @@
-"""The losses: token-level training (phase I) and Group Tree Optimization (phase II), one equation a function.
+"""The losses: token-level training (phase I) and the objectives of phase II, one equation a function.
 
-Swap one function and you have another method: the reward's aggregator is in `kernels.acceptance.tree_reward`
-(eq. 3-5); what a reward is compared with is in `debias` and `advantages`; what the gradient flows through is in
-`ratio` and `surrogate`. The last four functions are objectives that do without rewards and ratios.
+To try an objective of your own, write a function like `keep_objective` and name it in OBJECTIVES: `train.py
+--objective` then knows it. The reward (eq. 3-5) is `gto.rollout.tree_reward`.
 """
+from typing import NamedTuple
+
 import torch
+from torch.nn import functional as F
+
+from gto.config import Config
+from gto.head import DraftHead
+from gto.model import Target
+from gto.rollout import Text, rollout_trees, sequence_log_prob
+from gto.tree import TreeShape
 
 
 def soft_labels(target_logits, token_ids, temperature=1.0):
-    """What the head is taught: the target's distribution over the draft vocabulary.
+    """What the head is taught: the target's distribution over the draft vocabulary, sharpened by a temperature below 1.
 
-    target_logits [B, T, V]; token_ids [V'] target id of every draft id; temperature below 1 sharpens towards the arg-max.
-    Returns labels [B, T, V'] and teachable [B, T] bool: False where the draft vocabulary lacks the target's arg-max,
-    because there the renormalised label would teach another token.
-    """
+    target_logits [B, T, V]; token_ids [V'] target id of every draft id -> labels [B, T, V'], teachable [B, T] bool:
+    False where the draft vocabulary lacks the target's arg-max, as the renormalised label would teach another token."""
     labels = (target_logits.float()[..., token_ids] / temperature).softmax(-1)
     return labels, torch.isin(target_logits.argmax(-1), token_ids)
 
@@ -22,10 +28,9 @@ def token_loss(log_q, labels, weight, total=None, decay=0.8):
     """EAGLE-3's training-time test: soft cross-entropy of the target's and the head's distribution at every step.
 
     log_q, labels  [B, R, J, V'] over the draft vocabulary, at step j of the unroll
-    weight         [B, R, J]     1 where supervised, 0 elsewhere: the mean is over supervised places only
+    weight         [B, R, J]     1 where supervised, 0 elsewhere: the mean is over supervised positions only
     total          [J]           what to divide by instead, if this is a part of a batch: its parts' mean count
-    decay                        weight of step j is decay ** j, as in EAGLE-3's code
-    """
+    decay                        weight of step j is decay ** j, as in EAGLE-3's code"""
     cross_entropy = -(labels * log_q).sum(-1) * weight                                # [B, R, J]
     total = weight.sum((0, 1)) if total is None else total
     per_step = cross_entropy.sum((0, 1)) / total.clamp(min=1)                         # [J]
@@ -33,11 +38,33 @@ def token_loss(log_q, labels, weight, total=None, decay=0.8):
     return (per_step * steps).sum() / steps.sum()
 
 
-def debias(reward, reference_reward):
-    """Eq. 9: what the head's tree earns beyond the frozen reference head's, at the same prefix. [B, K, m] each.
+def unroll_text(config, head, text):
+    """Training-time test over a whole batch: every slot starts a chain along the true text.
 
-    Some prefixes are easy for any head; the difference is what this head is responsible for.
-    """
+    Returns log_q, labels [B, R, J+1, V'] and weight [B, R, J+1] bool, see `token_loss`."""
+    B, T = text.tokens.shape
+    J = config.unroll
+    slots = torch.arange(T - J - 2, device=text.tokens.device)                        # roots whose chain fits the text
+    # Root slot r predicts token r+2, step j token r+2+j; the target's distribution of it stands at r+1+j.
+    positions = slots[:, None] + torch.arange(J + 1, device=slots.device)             # [R, J+1]
+    chains = text.tokens[:, positions[:, :-1] + 2]                                    # [B, R, J]
+    hidden = head.unroll(text.features, text.tokens, slots.expand(B, -1), chains)
+    log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
+    labels, teachable = soft_labels(text.logits, head.token_ids, config.label_temperature)
+    weight = teachable[:, positions + 1] & learnt_positions(text.supervised, J)
+    return log_q, labels[:, positions + 1], weight
+
+
+def learnt_positions(supervised, unroll):
+    """Which steps of which chains are learnt, [B, T] -> [B, R, J+1] bool: those whose tokens from the root to the
+    predicted one are all supervised. In decoding a draft never begins in a question either."""
+    slots = torch.arange(supervised.shape[1] - unroll - 2, device=supervised.device)
+    chain = supervised[:, slots[:, None] + torch.arange(1, unroll + 3, device=slots.device)]  # [B, R, J+2], with root
+    return chain.cumprod(-1)[..., 1:].bool()
+
+
+def debias(reward, reference_reward):
+    """Eq. 9: what the head's tree earns beyond the frozen reference head's: some prefixes are easy for any head."""
     return reward - reference_reward
 
 
@@ -48,60 +75,65 @@ def advantages(reward, delta):
 
 
 def ratio(log_q, reference_log_q, length):
-    """Eq. 11: how much likelier than the reference the head drafts the longest accepted sequence, per token.
-
-    log_q, reference_log_q [...] sums over the sequence; length [...] its number of tokens, may be 0.
-    """
+    """Eq. 11: how much likelier than the reference the head drafts the longest accepted sequence, per token. log_q,
+    reference_log_q [...] sums over the sequence; length [...] its number of tokens, may be 0."""
     return ((log_q - reference_log_q) / length.clamp(min=1)).exp()
 
 
 def surrogate(s, advantage, eps):
-    """Eq. 12: PPO's clipped objective, as a loss; s, advantage [B, K, m] -> scalar, the mean over groups and places."""
+    """Eq. 12: PPO's clipped objective, as a loss; s, advantage [B, K, m] -> scalar, the mean over groups, positions."""
     return -torch.minimum(s * advantage, s.clamp(1 - eps, 1 + eps) * advantage).mean()
 
 
-# Beside GTO: objectives with a gradient of their own, minus an expected number of accepted drafts ------------------
+# Objectives of phase II: L = L_token + omega * objective(batch)[0] -------------------------------------------------
 
-def chain_loss(log_q, labels, weight):
-    """"tv": drafts sampled along a chain. One is accepted with probability sum_x min(p(x), q(x)) = 1 - TV(p, q) and
-    counts if all before it were. log_q, labels [B, R, J, V'], weight [B, R, J] as in `token_loss` -> scalar."""
-    accepted = torch.minimum(labels, log_q.exp()).sum(-1) * weight                    # [B, R, J]
-    return -accepted.cumprod(-1).sum(-1).mean()
+class Batch(NamedTuple):
+    """What an objective may use. Its loss is a mean, weighted so that the parts of a step may be averaged."""
+    config: Config
+    target: Target              # frozen
+    head: DraftHead             # the one that learns
+    reference: DraftHead        # frozen: the head as phase I left it
+    text: Text
+    log_q: torch.Tensor         # [B, R, J+1, V'] the head along the text, unrolled, with gradient (as in `token_loss`)
+    labels: torch.Tensor        # [B, R, J+1, V']
+    weight: torch.Tensor        # [B, R, J+1] bool: supervised
+    total: torch.Tensor         # [J+1] supervised positions of a whole step, over the number of its parts
+    roots: torch.Tensor         # [B, K * m] root slots of the groups
+    group_weight: torch.Tensor  # [B, K] of each group in the mean, 0 where there is none
 
 
-def keep_loss(log_q, labels, on_path, threshold=-5.0, width=1.0, temperature=0.7):
-    """"keep": how much of the target's greedy path the re-ranking keeps, without drafting a tree.
+def gto_objective(batch):
+    """Eq. 3-12: trees of both heads at groups of positions, rewarded by the target. -> loss, metrics to log."""
+    config, shape = batch.config, TreeShape.parse(batch.config.tree)
+    trees, reference_trees = (rollout_trees(batch.target, head, batch.text, batch.roots, shape, config.aggregator,
+                                            config.eta) for head in (batch.head, batch.reference))
+    log_q = sequence_log_prob(batch.head, batch.text, batch.roots, trees)             # [B, K * m], with gradient
+    with torch.no_grad():
+        reference_log_q = sequence_log_prob(batch.reference, batch.text, batch.roots, trees)
+    in_groups = (*batch.group_weight.shape, config.group_size)                        # B, K, m
+    gain = debias(trees.reward, reference_trees.reward) if config.debias else trees.reward
+    advantage = advantages(gain.view(in_groups), config.delta)
+    s = ratio(log_q, reference_log_q, trees.length).view(in_groups)
+    weight = batch.group_weight[..., None] * batch.group_weight.numel()               # `surrogate` is linear in A
+    return surrogate(s, advantage * weight, config.eps), {
+        name: (value.view(in_groups) * weight).mean()
+        for name, value in {"reward": trees.reward, "gain": gain, "accepted": trees.length}.items()}
+
+
+def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):
+    """How much of the target's greedy path the re-ranking keeps, without drafting a tree. -> loss, metrics.
 
     A step's path score is compared with that of the last node a tree keeps, taken for a constant, and the step function
     is made soft. As in acceptance, a step counts only with all before it; one far above the cut gets no gradient.
-    log_q, labels [B, R, J, V'] as in `token_loss`; on_path [B, R, J] bool: the chain so far is the target's own choice
-    and can be drafted; threshold, width in nats; temperature of the scores -> scalar
-    """
-    score = torch.log_softmax(log_q / temperature, -1).gather(-1, labels.argmax(-1, keepdim=True)).squeeze(-1)
-    path = score.masked_fill(~on_path, 0.0).cumsum(-1)                                # [B, R, J]
-    return -(torch.sigmoid((path - threshold) / width) * on_path).sum(-1).mean()
+    threshold, width in nats; temperature of the scores"""
+    text, (_, R, steps) = batch.text, batch.weight.shape
+    own = text.logits[:, :-1].argmax(-1) == text.tokens[:, 1:]                        # [B, T-1] t+1 is its own choice
+    slots = torch.arange(R, device=own.device)[:, None] + torch.arange(1, steps, device=own.device)   # [R, J]
+    on_path = (F.pad(own[:, slots], (1, 0), value=True) & batch.weight).cumprod(-1).bool()   # [B, R, J+1] all so far
+    best = batch.labels.argmax(-1, keepdim=True)
+    score = torch.log_softmax(batch.log_q / temperature, -1).gather(-1, best).squeeze(-1)
+    path = score.masked_fill(~on_path, 0.0).cumsum(-1)                                # [B, R, J+1]
+    return -(torch.sigmoid((path - threshold) / width) * on_path).sum() / batch.total[0], {}
 
 
-def cut_loss(scores, P, nodes, width=0.5):
-    """"cut": the kept tree's expected acceptance, sum of P over its nodes, with the re-ranking's cut made soft.
-
-    Node j is kept with w_j = sigmoid((s_j - threshold) / width); the threshold moves so that always `nodes` are kept,
-    which brings in the baseline: nodes compete, and only what is better than the others at the cut should rise.
-    scores, P [N, C]: a candidate's draft score s, with gradient, and the target's probability of its path -> scalar
-    """
-    s = scores.detach()
-    around = s.topk(nodes + 1, dim=1).values[:, -2:]                                  # the last kept, the first dropped
-    w = torch.sigmoid((s - around.mean(1, keepdim=True)) / width)
-    slope = w * (1 - w) / width                                                       # dw / ds, at a fixed threshold
-    baseline = (slope * P).sum(1, keepdim=True) / slope.sum(1, keepdim=True).clamp(min=1e-9)
-    return -(slope * (P - baseline) * scores).sum(1).mean()
-
-
-def distill_loss(scores, P, parents):
-    """"distill": cross-entropy at every node that the tree really visits, weighted by the target's way there.
-
-    scores, P [N, C] as in `cut_loss`; parents [N, C] candidate index + 1, 0: the root. A child's score minus its
-    parent's is log M(child | path); its P is the parent's times T(child | path): the node's weight and the label in one.
-    """
-    above = torch.nn.functional.pad(scores, (1, 0)).gather(1, parents)
-    return -(P * (scores - above)).sum(1).mean()
+OBJECTIVES = {"gto": gto_objective, "keep": keep_objective}

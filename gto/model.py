@@ -49,17 +49,16 @@ def rotary_frequencies(config):
     return freq * ((1 - blend) / factor + blend)
 
 
+def rotation(positions, frequencies):
+    """positions [B, N] -> cos, sin [B, N, D/2], float32 at any length: there is no table to outgrow."""
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
 class KV(NamedTuple):
     """Keys and values by layer, [sequences, kv_heads, positions, head_dim] each: what a forward over a text returns."""
     k: list
     v: list
-
-
-def cast(module, dtype):
-    """Change the parameters' type only: `module.to(bfloat16)` would also round the rotary frequencies."""
-    for p in module.parameters():
-        p.data = p.data.to(dtype)
-    return module
 
 
 class Prefix(NamedTuple):
@@ -70,22 +69,18 @@ class Prefix(NamedTuple):
 
 
 class KVCache:
-    """Preallocated keys and values, [layers, sequences, kv_heads, capacity, head_dim] each.
+    """Preallocated keys and values, [layers, sequences, kv_heads, capacity, head_dim] each. How much of a row is valid,
+    the caller knows: `length`, on the device, for target and head alike."""
 
-    How much of a row is valid is not stored here: the caller keeps `length`, on the device, for target and head alike.
-    """
-
-    def __init__(self, config, layers, sequences, capacity, like):
-        shape = (layers, sequences, config.kv_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.v = torch.zeros_like(self.k)
+    def __init__(self, model, sequences, capacity):
+        shape = (model.config.layers, sequences, model.config.kv_heads, capacity, model.config.head_dim)
+        self.k, self.v = model.norm.weight.new_zeros(2, *shape)
 
     def commit(self, keys, values, length, path=None):
         """Append the tokens at `path` behind the first `length` positions of every row.
 
-        keys, values: per layer [B, kv_heads, N, D]; length [B]; path [B, P] indexes N, None takes all N in order.
-        P is fixed and may run past the accepted tokens: rows beyond the caller's new length are never seen and are
-        overwritten by the next commit.
+        keys, values: per layer [B, kv_heads, N, D]; length [B]; path [B, P] indexes N, None takes all N in order. P is
+        fixed and may run past the accepted tokens: what is beyond the caller's new length is overwritten by the next.
         """
         for cache, new in (self.k, keys), (self.v, values):
             new = torch.stack(new)                                                    # [L, B, G, N, D]
@@ -118,13 +113,10 @@ class Attention(nn.Module):
         """x [B, N, in_dim] -> rotated q [B, heads, N, D], rotated k and v [B, kv_heads, N, D]."""
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x).view(*x.shape[:2], H + 2 * G, D)
-        q, k, v = qkv.split([H, G, G], dim=2)
+        qk, v = qkv[:, :, :H + G], qkv[:, :, H + G:]
         if self.q_norm is not None:
-            q, k = self.q_norm(q)[1], self.k_norm(k)[1]
-            rotated = torch.cat([rotate(q, cos, sin), rotate(k, cos, sin)], dim=2)
-        else:
-            rotated = rotate(qkv[:, :, :H + G], cos, sin)                             # q and k in one go
-        q, k = rotated.split([H, G], dim=2)
+            qk = torch.cat([self.q_norm(qk[:, :, :H])[1], self.k_norm(qk[:, :, H:])[1]], dim=2)
+        q, k = rotate(qk, cos, sin).split([H, G], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, attended):
@@ -174,32 +166,21 @@ class Target(nn.Module):
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
     def init_weights(self):
-        """For training from scratch: small normal weights, residual outputs start at zero."""
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+        """For training from scratch: residual outputs start at zero."""
+        small_normal(self)
         for block in self.blocks:
             nn.init.zeros_(block.attn.out.weight)
             nn.init.zeros_(block.ffn.down.weight)
         return self
 
-    def new_cache(self, sequences, capacity):
-        return KVCache(self.config, self.config.layers, sequences, capacity, like=self.norm.weight)
-
-    def rotation(self, positions):
-        """positions [B, N] -> cos, sin [B, N, D/2], float32 at any length: there is no table to outgrow."""
-        angles = positions[..., None].float() * self.frequencies
-        return angles.cos(), angles.sin()
-
     def forward(self, tokens, positions=None, mask=None, prefix=None, keep_kv=True):
         """tokens [B, N]; without a prefix they are a causal sequence, else nodes at `positions` under `mask` [B, N, N].
 
         Returns hidden [B, N, dim], normed, for `logits`; features [B, N, 3 * dim], the inputs of the tapped layers;
-                keys, values: per layer [B, kv_heads, N, D]; with keep_kv False empty lists, which saves gigabytes.
-        """
+        keys, values: per layer [B, kv_heads, N, D]; with keep_kv False empty lists, which saves gigabytes."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        cos, sin = self.rotation(positions)
+        cos, sin = rotation(positions, self.frequencies)
         x, delta = self.embed(tokens), None                                           # [B, N, dim]
         taps, keys, values = {}, [], []
         for i, block in enumerate(self.blocks):
@@ -216,3 +197,17 @@ class Target(nn.Module):
 
     def logits(self, hidden):
         return self.unembed(hidden)
+
+
+def small_normal(module):
+    for p in module.parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=0.02)
+    return module
+
+
+def cast(module, dtype):
+    """Change the parameters' type only: `module.to(bfloat16)` would round the rotary frequencies. None: leave it."""
+    for p in module.parameters() if dtype else ():
+        p.data = p.data.to(dtype)
+    return module

@@ -1,7 +1,7 @@
 """Phase II's experience: draft trees at groups of positions of a text, and what the target makes of them.
 
-Nothing here carries a gradient. All trees of a batch are drafted and verified side by side and share their
-sequence's keys and values: a tree names its cache row and how much of it it sees.
+Nothing here but `sequence_log_prob` carries a gradient. All trees of a batch are drafted and verified side by side and
+share their sequence's keys and values: a tree names its cache row and how much of it it sees.
 """
 from typing import NamedTuple
 
@@ -9,27 +9,28 @@ import torch
 
 from gto.model import KV, Prefix
 from gto.tree import draft_tree
-from kernels.acceptance import accept, score_nodes, tree_reward
+from gto.verify import accept
+from kernels.acceptance import score_nodes
 
 
 class Text(NamedTuple):
     """A batch of sequences as the frozen target sees it."""
-    tokens: torch.Tensor     # [B, T]
-    features: torch.Tensor   # [B, T, 3 * dim]
-    logits: torch.Tensor     # [B, T, V]
+    tokens: torch.Tensor      # [B, T]
+    features: torch.Tensor    # [B, T, 3 * dim]
+    logits: torch.Tensor      # [B, T, V]
     kv: KV
     supervised: torch.Tensor  # [B, T] bool: tokens to learn, written by the target or by the assistant it is to follow
 
 
 class Trees(NamedTuple):
     """One drafted tree for every root, R per sequence."""
-    reward: torch.Tensor     # [B, R]
-    accepted: torch.Tensor   # [B, R, levels] token ids of the longest accepted sequence, padded with 0
-    length: torch.Tensor     # [B, R] its length, may be 0
+    reward: torch.Tensor      # [B, R]
+    accepted: torch.Tensor    # [B, R, depth] token ids of the longest accepted sequence, padded with 0
+    length: torch.Tensor      # [B, R] its length, may be 0
 
 
 @torch.no_grad()
-def read(target, tokens, supervised=None):
+def target_forward(target, tokens, supervised=None):
     """tokens, supervised [B, T] (None: all) -> Text."""
     hidden, features, keys, values = target(tokens)
     supervised = torch.ones_like(tokens, dtype=torch.bool) if supervised is None else supervised
@@ -37,52 +38,69 @@ def read(target, tokens, supervised=None):
     return Text(tokens, features, target.logits(hidden), kv, supervised)
 
 
-def sample_groups(supervised, groups, size, levels, generator):
+def sample_groups(supervised, groups, size, depth, generator):
     """Root slots of K non-overlapping groups of m adjacent positions of each text, supervised [B, T] on the CPU.
 
-    Returns roots [B, K * m] and real [B, K] bool, False for what fills up a text with room for fewer groups.
-    A root slot r has its root token at r + 1. It and the next token are supervised; behind it the text still holds
-    `levels` tokens.
-    """
+    A root slot r has its root token at r + 1: it and the next are supervised, and `depth` more tokens follow. Returns
+    roots [B, K * m] and valid [B, K] bool, False for what fills up a text with room for fewer groups."""
     roots = torch.zeros(len(supervised), groups, size, dtype=torch.long)
-    real = torch.zeros(len(supervised), groups, dtype=torch.bool)
-    usable = (supervised[:, 1:-1] & supervised[:, 2:])[:, :max(supervised.shape[1] - 1 - levels, 0)]   # [B, slots]
+    valid = torch.zeros(len(supervised), groups, dtype=torch.bool)
+    usable = (supervised[:, 1:-1] & supervised[:, 2:])[:, :max(supervised.shape[1] - 1 - depth, 0)]   # [B, slots]
     for b, row in enumerate(usable):
         offset = int(torch.randint(max(min(size, len(row)), 1), (1,), generator=generator))
         blocks = row[offset:len(row) - (len(row) - offset) % size].view(-1, size).all(1).nonzero().squeeze(1)
         chosen = blocks[torch.randperm(len(blocks), generator=generator)[:groups].sort().values]
         roots[b, :len(chosen)] = offset + chosen[:, None] * size + torch.arange(size)
-        real[b, :len(chosen)] = True
-    return roots.flatten(1), real
+        valid[b, :len(chosen)] = True
+    return roots.flatten(1), valid
 
 
 @torch.no_grad()
-def grow(target, head, text, roots, shape, temperature, aggregator, eta):
+def rollout_trees(target, head, text, roots, shape, aggregator="lse", eta=1.0):
     """Draft a tree with `head` behind every root and let the target score it. roots [B, R] slots -> Trees."""
-    (B, R), T = roots.shape, text.tokens.shape[1]
-    slots = torch.arange(T, device=roots.device).expand(B, T)
-    hidden, k, v = head(head.fuse(text.features), text.tokens.roll(-1, dims=1), slots)  # the last slot is never used
-    sequence = torch.arange(B, device=roots.device).repeat_interleave(R)              # [B * R]
-    slot = roots.flatten()
-    length = slot + 1                                                                 # true slots = tokens before the root
-    tree = draft_tree(head, hidden[sequence, slot], text.tokens[sequence, length], Prefix(KV([k], [v]), length, sequence),
-                      shape, temperature)
+    B, R = roots.shape
+    hidden, kv = head.read(text.features, text.tokens)
+    sequence, slot = torch.arange(B, device=roots.device).repeat_interleave(R), roots.flatten()   # [B * R]
+    length = slot + 1                                                                 # true slots, before the root
+    tree = draft_tree(head, hidden[sequence, slot], text.tokens[sequence, length], Prefix(kv, length, sequence),
+                      shape, temperature=1.0)
     hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, Prefix(text.kv, length, sequence),
                         keep_kv=False)
     choice, log_prob = score_nodes(target.logits(hidden), tree.tokens, tree.parents)  # [B * R, N]
     _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [B * R]
-    path, count, _ = accept(tree.tokens, tree.parents, tree.mask, choice, shape.levels + 1)
-    accepted = tree.tokens.gather(1, path)[:, 1:]
-    accepted = accepted.masked_fill(torch.arange(shape.levels, device=roots.device) >= count[:, None], 0)
-    return Trees(reward.view(B, R), accepted.view(B, R, -1), count.view(B, R))
+    path, num_accepted, _ = accept(tree, choice, shape.depth + 1)
+    rejected = torch.arange(shape.depth, device=roots.device) >= num_accepted[:, None]
+    accepted = tree.tokens.gather(1, path)[:, 1:].masked_fill(rejected, 0)            # [B * R, depth]
+    return Trees(reward.view(B, R), accepted.view(B, R, -1), num_accepted.view(B, R))
+
+
+def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
+    """How much of a drafted tree the target would accept, eq. 3-5.
+
+    log_prob [B, N]  log T(token of the node | its ancestors), 0 for the root, as `score_nodes` returns it
+    parents  [B, N]; mask [B, N, N] bool, ancestors and self
+    aggregator       of the paths: "lse" (1/eta log sum exp(eta L)), "max" or "mean"; "expected": what a sampling target
+                     accepts on average, the sum of P over all nodes but the root
+    Returns P [B, N], the probability of each node's path; L [B, N], the sum of P along it; the reward R [B]. float32"""
+    # `where`, not a product with the mask: log T may be -inf, and 0 * -inf is NaN.
+    P = torch.where(mask, log_prob.float()[:, None], 0.0).sum(-1).exp()               # eq. 4, 1 for the root
+    L = torch.where(mask, P[:, None], 0.0).sum(-1) - 1                                # eq. 3, without the root
+    if aggregator == "expected":
+        return P, L, P[:, 1:].sum(-1)
+    leaf = torch.ones_like(mask[:, 0]).scatter(1, parents[:, 1:], False)              # [B, N]
+    if aggregator == "max":
+        return P, L, L.masked_fill(~leaf, float("-inf")).amax(-1)
+    if aggregator == "mean":
+        return P, L, L.masked_fill(~leaf, 0.0).sum(-1) / leaf.sum(-1)
+    return P, L, (eta * L).masked_fill(~leaf, float("-inf")).logsumexp(-1) / eta      # eq. 5
 
 
 def sequence_log_prob(head, text, roots, trees):
     """log M(S | prefix) of every root's longest accepted sequence, [B, R]. With gradient, unless under no_grad."""
-    hidden = head.unroll(text.features, text.tokens.roll(-1, dims=1), roots, trees.accepted[..., :-1])  # [B, R, levels, dim]
-    log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, levels, V']
+    hidden = head.unroll(text.features, text.tokens, roots, trees.accepted[..., :-1])  # [B, R, depth, dim]
+    log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, depth, V']
     draft_id = torch.zeros(text.logits.shape[-1], dtype=torch.long, device=roots.device)
     draft_id[head.token_ids] = torch.arange(len(head.token_ids), device=roots.device)
-    log_q = log_q.gather(-1, draft_id[trees.accepted][..., None]).squeeze(-1)         # [B, R, levels]
+    log_q = log_q.gather(-1, draft_id[trees.accepted][..., None]).squeeze(-1)         # [B, R, depth]
     inside = torch.arange(log_q.shape[-1], device=roots.device) < trees.length[..., None]
     return log_q.masked_fill(~inside, 0.0).sum(-1)

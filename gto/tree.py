@@ -4,34 +4,31 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
-from gto.errors import UserError
+from gto.util import UserError
 
 
 @dataclass
 class TreeShape:
-    """k children per node and k nodes per frontier, d levels, g drafted nodes kept. A chain of n is (1, n, n).
-
-    EAGLE's files say (depth, top_k, total_token) = (levels - 1, branch, nodes + 1): they count neither the first
-    level nor leave out the root.
-    """
-    branch: int = 8
-    levels: int = 5
+    """top_k children per node and nodes per frontier, depth levels, `nodes` drafted nodes kept. A chain is (1, n, n).
+    EAGLE's (depth, top_k, total_token) is our (depth - 1, top_k, nodes + 1): it counts the root, not level one."""
+    top_k: int = 8
+    depth: int = 5
     nodes: int = 24
 
     @property
-    def candidates(self):
+    def num_candidates(self):
         """Nodes that are proposed, before the re-ranking."""
-        return self.branch + (self.levels - 1) * self.branch ** 2
+        return self.top_k + (self.depth - 1) * self.top_k ** 2
 
     def __post_init__(self):
-        most = self.candidates
-        if min(self.branch, self.levels, self.nodes) < 1 or self.nodes > most:
-            raise UserError(f"tree {self}: {self.nodes} nodes asked for, {self.branch} children and {self.levels} levels"
-                            f" give 1 to {max(most, 0)}; choose fewer nodes, more levels or more children")
+        if min(self.top_k, self.depth, self.nodes) < 1 or self.nodes > self.num_candidates:
+            raise UserError(f"tree {self}: {self.top_k} children and depth {self.depth} give 1 to"
+                            f" {max(self.num_candidates, 0)} nodes; choose fewer nodes, more depth or more children")
 
     def __str__(self):
-        return f"{self.branch},{self.levels},{self.nodes}"
+        return f"{self.top_k},{self.depth},{self.nodes}"
 
     @classmethod
     def default(cls, device):
@@ -42,10 +39,10 @@ class TreeShape:
     def parse(cls, text):
         """'8,5,24' -> TreeShape(8, 5, 24)."""
         try:
-            branch, levels, nodes = (int(part) for part in text.split(","))
+            top_k, depth, nodes = (int(part) for part in text.split(","))
         except ValueError:
-            raise UserError(f"tree '{text}' is not three numbers: write children,levels,nodes, for example 8,5,24")
-        return cls(branch, levels, nodes)
+            raise UserError(f"tree '{text}' is not three numbers: write children,depth,nodes, for example 8,5,24")
+        return cls(top_k, depth, nodes)
 
 
 class Tree(NamedTuple):
@@ -58,22 +55,18 @@ class Tree(NamedTuple):
 
 
 def score_temperature(temperature):
-    """The temperature of the draft's log-probabilities in the tree's scores, by the temperature of decoding.
-
-    At T=0 only the target's arg-max is accepted, which a draft trained to match the target's distribution
-    underrates where it is likely: sharper scores estimate it better. At T=1 the draft is calibrated as it is.
-    """
+    """The temperature of the draft's log-probabilities in the tree's scores, by that of decoding. At T=0 only the
+    target's arg-max is accepted, which a draft trained to match its distribution underrates where it is likely: sharper
+    scores estimate it better. At T=1 the draft is calibrated as it is."""
     return min(1.0, max(0.4, temperature))
 
 
-def ancestor_mask(parents, levels):
-    """parents [B, N], the root its own -> [B, N, N] bool: `[b, i, j]` says that j is i or an ancestor of i.
-
-    Repeated squaring of "one step up or stay": log2(levels) products instead of a walk.
-    """
+def ancestor_mask(parents, depth):
+    """parents [B, N], the root its own -> [B, N, N] bool: `[b, i, j]` says that j is i or an ancestor of i. Repeated
+    squaring of "one step up or stay": log2(depth) products instead of a walk."""
     index = torch.arange(parents.shape[1], device=parents.device)
     reach = ((index == parents[..., None]) | (index == index[:, None])).float()       # [B, N, N]
-    for _ in range(math.ceil(math.log2(max(levels, 2)))):
+    for _ in range(math.ceil(math.log2(max(depth, 2)))):
         reach = (reach @ reach).clamp(max=1)
     return reach > 0
 
@@ -91,12 +84,22 @@ def propose(head, hidden, k, temperature):
 
 
 class Draft(NamedTuple):
-    """A draft of some levels, before re-ranking: k candidates at the first level, k * k at every further one."""
+    """A draft of some levels, before re-ranking: k candidates at the first level, k * k at every further one.
+
+    Candidates are numbered level by level, in groups of k siblings; `parents` holds number + 1, 0: the root. k = 2:
+
+        level 1    0 1                    parents 0 0        frontier, best first: 1 0
+        level 2    2 3 of 1, 4 5 of 0     parents 2 2 1 1    frontier, say: 3 5
+        level 3    6 7 of 3, 8 9 of 5     parents 4 4 6 6
+
+    In its level node 5 is `best` = 3, so frontier node `best // k` = 1 proposed it; `older` = 2 candidates stand before
+    the level, so it is number older + best. It saw what its proposer saw, and itself: k more columns of `seen` a level.
+    """
     scores: tuple           # by level [B, n]: sums of draft log-probabilities from the root
     tokens: tuple           # by level [B, n]
     parents: tuple          # by level [B, n]: index among all candidates + 1, 0 is the root
     hidden: torch.Tensor    # [B, m, dim] the head's outputs that proposed the newest level, k children each
-    seen: torch.Tensor      # [B, m, M] bool: which of the M drafted nodes passed through the head each of them saw
+    seen: torch.Tensor      # [B, m, M] bool: which of the M drafted nodes that went through the head each of them saw
     past: tuple | None      # keys, values [B, kv_heads, M, D] of those M nodes
 
 
@@ -108,10 +111,7 @@ def first_level(head, hidden, k, temperature):
 
 
 def expand(head, draft, prefix, temperature):
-    """One head pass: the frontier, the k best candidates of the newest level, gets k children each. -> Draft.
-
-    prefix: the head's cache and the number of true slots in it, `length` [B]. No host synchronisation.
-    """
+    """One head pass: the frontier, the k best candidates of the newest level, gets k children each. -> Draft."""
     level, (B, k) = len(draft.scores), draft.scores[0].shape
     score, best = draft.scores[-1].topk(k, dim=1)                                     # [B, k]
     origin = best // k                                                                # [B, k] who proposed them
@@ -128,41 +128,36 @@ def expand(head, draft, prefix, temperature):
 
 
 def draft_tree(head, hidden, root, prefix, shape, temperature):
-    """Draft one tree per prefix.
+    """Draft one tree per prefix, by depth - 1 head passes over a frontier of k nodes. -> Tree. No host synchronisation.
 
-    head      a DraftHead; prefix: its cache and the number of true slots in it, `length` [B]
-    hidden    [B, dim]  the head's output at the last true slot, which predicts the first level
-    root      [B]       the last committed token
-    temperature         of the scores, see `score_temperature`
-    Returns a Tree. No host synchronisation; levels - 1 head passes over a frontier of k nodes.
-    """
+    hidden [B, dim]   the head's output at the last true slot, which predicts the first level
+    root [B]          the last committed token
+    prefix            the head's cache and the number of true slots in it, `length` [B]
+    temperature       of the scores, see `score_temperature`"""
     return rerank(root, *draft_candidates(head, hidden, prefix, shape, temperature), shape)
 
 
 def draft_candidates(head, hidden, prefix, shape, temperature):
     """As `draft_tree`, before the re-ranking. -> see `candidates`."""
-    draft = first_level(head, hidden, shape.branch, temperature)
-    for _ in range(shape.levels - 1):
+    draft = first_level(head, hidden, shape.top_k, temperature)
+    for _ in range(shape.depth - 1):
         draft = expand(head, draft, prefix, temperature)
     return candidates(draft)
 
 
 def candidates(draft):
-    """All levels side by side: tokens, parents (candidate index + 1, 0: the root), scores [B, C], as `rerank` takes them."""
+    """All levels side by side: tokens, parents, scores [B, C] each."""
     return tuple(torch.cat(x, dim=1) for x in (draft.tokens, draft.parents, draft.scores))
 
 
 def rerank(root, tokens, parents, scores, shape):
-    """Keep the g best of C candidates; tokens, parents (candidate index + 1, 0: the root), scores [B, C].
-
-    A child never outscores its parent and the sort is stable, so at a tie the parent, made earlier, comes first:
-    no kept node is an orphan. Kept nodes stand in order of creation, hence parents before children.
-    """
+    """Keep the g best of C candidates. -> Tree. A child never outscores its parent and the sort is stable, so at a tie
+    the parent, made earlier, comes first: no kept node is an orphan. Kept nodes stand in order of creation."""
     kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :shape.nodes].sort(dim=1).values  # [B, g]
-    place = torch.zeros_like(tokens).scatter(1, kept, torch.arange(1, shape.nodes + 1, device=kept.device).expand_as(kept))
-    place = torch.nn.functional.pad(place, (1, 0))                                    # candidate index + 1 -> node
-    parents = torch.nn.functional.pad(place.gather(1, parents.gather(1, kept)), (1, 0))  # [B, N]
-    mask = ancestor_mask(parents, shape.levels)
+    numbers = torch.arange(1, shape.nodes + 1, device=kept.device).expand_as(kept)
+    node = F.pad(torch.zeros_like(tokens).scatter(1, kept, numbers), (1, 0))          # candidate index + 1 -> node
+    parents = F.pad(node.gather(1, parents.gather(1, kept)), (1, 0))                  # [B, N]
+    mask = ancestor_mask(parents, shape.depth)
     tokens = torch.cat([root[:, None], tokens.gather(1, kept)], dim=1)
-    scores = torch.nn.functional.pad(scores.gather(1, kept), (1, 0))
+    scores = F.pad(scores.gather(1, kept), (1, 0))
     return Tree(tokens, parents, mask, mask.sum(-1) - 1, scores)

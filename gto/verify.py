@@ -8,20 +8,19 @@ the tokens emitted before it. The tree decides only whether the draw at the next
 forward pass. This needs two things: the tree must not depend on the draws (it is drafted before them), and a node's
 logits must be those of its own path (the ancestor mask sees to that).
 
-How this compares with rejection sampling with q = 1, as in EAGLE's code (try the children in turn, accept x with
-probability p(x), else set p(x) = 0 and renormalise): child i is reached and taken with probability
-(1 - p_1 - .. - p_{i-1}) * p_i / (1 - p_1 - .. - p_{i-1}) = p_i, and what is left is p without the children. The
-same distribution over (child taken, token emitted), with one draw instead of one per child.
+Rejection sampling with q = 1, as in EAGLE's code (try the children in turn, accept x with probability p(x), else set
+p(x) = 0 and renormalise), reaches and takes child i with probability (1 - p_1 - .. - p_{i-1}) * p_i / (1 - p_1 - .. -
+p_{i-1}) = p_i, and what is left is p without the children: the same distribution, by one draw instead of many.
 
 The draws of all nodes are independent, so they can be made for all nodes at once, whether or not a node is reached:
-"walk down from the root" then becomes "a node is accepted if it and all its ancestors match" (kernels/acceptance.py).
+"walk down from the root" then becomes "a node is accepted if it and all its ancestors match", `accept`.
 """
 from dataclasses import dataclass
 
 import torch
 
-from gto.errors import UserError
-from kernels.acceptance import accept, score_nodes
+from gto.util import UserError
+from kernels.acceptance import score_nodes
 
 
 @dataclass
@@ -36,10 +35,8 @@ class Sampling:
 
 
 def warp(logits, sampling):
-    """logits [..., V] -> logits [..., V] of the distribution sampled from: temperature, then top-k, then top-p.
-
-    top_p keeps the smallest set of likeliest tokens whose probability reaches it.
-    """
+    """logits [..., V] -> logits [..., V] of the distribution sampled from: temperature, then top-k, then top-p, which
+    keeps the smallest set of likeliest tokens whose probability reaches it."""
     logits = logits.float() / sampling.temperature
     if sampling.top_k:
         least = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
@@ -62,14 +59,25 @@ def choose(logits, sampling):
     return score_nodes(logits, temperature=sampling.temperature, uniform=uniform)[0]
 
 
-def verify(logits, tree, sampling, width):
-    """logits [B, N, V] after each node of the tree; width: tree levels + 1.
+def accept(tree, choice, width):
+    """The longest path of nodes that agree with the target's choices [B, N] after each. width P: depth + 1 or more.
 
-    Returns path [B, width] node indices from the root, padded with 0; count [B] accepted drafts;
-            emitted [B, width]: the accepted tokens, then the token the target adds itself, then padding.
-    """
-    choice = choose(logits, sampling)
-    path, count, bonus = accept(tree.tokens, tree.parents, tree.mask, choice, width)
+    Returns path [B, P] node indices from the root down, padded with 0; num_accepted [B] nodes without the root;
+    bonus [B], the target's choice at the last of them. Siblings carry different tokens: one node per depth at most."""
+    match = tree.tokens == choice.gather(1, tree.parents)                             # [B, N]
+    match[:, 0] = True
+    accepted = (match[:, None] | ~tree.mask).all(-1)                                  # [B, N]
+    slot = torch.where(accepted, tree.depth, width)                                   # rejected: to a spare slot
+    index = torch.arange(match.shape[1], device=match.device).expand_as(match)
+    path = index.new_zeros(len(match), width + 1).scatter(1, slot, index)[:, :width]  # [B, P]
+    num_accepted = accepted.sum(-1) - 1
+    return path, num_accepted, choice.gather(1, path.gather(1, num_accepted[:, None])).squeeze(1)
+
+
+def verify(logits, tree, sampling, width):
+    """logits [B, N, V] after each node of the tree -> path, num_accepted as `accept` returns them; emitted [B, width]:
+    the accepted tokens, then the token the target adds itself, then padding."""
+    path, num_accepted, bonus = accept(tree, choose(logits, sampling), width)
     drafted = tree.tokens.gather(1, path).roll(-1, dims=1)             # path tokens without the root
-    emitted = drafted.scatter(1, count[:, None], bonus[:, None])
-    return path, count, emitted
+    emitted = drafted.scatter(1, num_accepted[:, None], bonus[:, None])
+    return path, num_accepted, emitted

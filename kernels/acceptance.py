@@ -1,4 +1,4 @@
-"""Acceptance scoring: from the target's logits at every tree node to the accepted path and the tree's reward.
+"""Acceptance scoring: from the target's logits at every tree node to its choice there, and what it thinks of the nodes.
 
 The kernels in ten lines. A row of logits (one node) is 128k numbers and there are only 60 of them, so a row is cut into
 chunks, each read once by one program: its largest logit and the sum of exp(logit - largest). From these few numbers a
@@ -6,9 +6,6 @@ row a second kernel has the log-sum-exp. At T=0 the choice is the arg-max of the
 inverse CDF, from ONE uniform number u: the chunk sums say in which chunk the cumulated probability passes u, and only
 that chunk is read again to find the token. (Gumbel noise would need a random number for every logit: eight times the
 work of the whole scan.) What the target thinks of a node's token is one gathered logit minus the parent's log-sum-exp.
-The rest works on a tree's N x N ancestor mask, one program per tree. It needs no walk: a node is accepted if and only
-if it and all its ancestors match the target's choices, a path's log-probability is a masked row sum, and nothing
-depends on how deep the tree is.
 """
 import math
 
@@ -29,8 +26,7 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
                         otherwise both are at this temperature
     uniform  [B, N]     random numbers in [0, 1), one per node, needed where temperature > 0
     Returns  choice [B, N] int64, the target's next token after each node;
-             log_prob [B, N] float32, log T(token of the node | prefix, ancestors); 0 for the root
-    """
+             log_prob [B, N] float32, log T(token of the node | prefix, ancestors); 0 for the root"""
     run = score_nodes_triton if use_triton(logits) else score_nodes_reference
     return run(logits, tokens, parents, temperature, uniform)
 
@@ -139,145 +135,3 @@ def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, unifo
                              choice, log_prob, *row, scale,
                              CHUNK=chunk, CHUNKS=next_power_of_2(chunks), GREEDY=greedy)
     return choice, log_prob
-
-
-def accept(tokens, parents, mask, choice, width):
-    """The longest path of nodes that agree with the target's choices.
-
-    tokens, parents, choice [B, N] as in `score_nodes`; mask [B, N, N] bool, ancestors and self
-    width   P: room for the path, at least the tree's depth + 1
-    Returns path [B, P] int64, node indices from the root (0) down the accepted path, padded with 0;
-            count [B] int64, accepted nodes without the root; next_token [B], the target's choice at the last of them
-    """
-    run = accept_triton if use_triton(choice) else accept_reference
-    return run(tokens, parents, mask, choice, width)
-
-
-def accept_reference(tokens, parents, mask, choice, width):
-    """No walk: a node is accepted if and only if it and all its ancestors match. Siblings carry different tokens,
-    so at most one node per depth is accepted."""
-    match = tokens == choice.gather(1, parents)                                       # [B, N]
-    match[:, 0] = True
-    accepted = (match[:, None] | ~mask).all(-1)                                       # [B, N]
-    depth = mask.sum(-1) - 1                                                          # [B, N]
-    slot = torch.where(accepted, depth, width)                                        # rejected: to a spare slot
-    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    path = index.new_zeros(len(tokens), width + 1).scatter(1, slot, index)[:, :width]  # [B, P]
-    count = accepted.sum(-1) - 1                                                      # [B]
-    last = path.gather(1, count[:, None])                                             # [B, 1]
-    return path, count, choice.gather(1, last).squeeze(1)
-
-
-@triton.jit
-def _accept_kernel(tokens_ptr, parents_ptr, choice_ptr, mask_ptr, path_ptr, count_ptr, next_ptr,
-                   N, mask_b, mask_i, mask_j, width,
-                   ROWS: tl.constexpr, NODES: tl.constexpr, WIDTH: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64)
-    j, slot = tl.arange(0, NODES), tl.arange(0, WIDTH)
-    parent = tl.load(parents_ptr + b * N + j, mask=j < N, other=0)
-    wanted = tl.load(choice_ptr + b * N + parent, mask=j < N, other=0)
-    match = (tl.load(tokens_ptr + b * N + j, mask=j < N, other=0) == wanted) | (j == 0)  # [NODES]
-    path = tl.zeros([WIDTH], tl.int32)
-    deepest = tl.full([ROWS], 0, tl.int32)
-    for first in range(0, N, ROWS):                       # the N x N mask, ROWS nodes at a time
-        i = first + tl.arange(0, ROWS)
-        ancestor = tl.load(mask_ptr + b * mask_b + i[:, None] * mask_i + j[None, :] * mask_j,
-                           mask=(i < N)[:, None] & (j < N)[None, :], other=0) != 0
-        missed = tl.sum((ancestor & (match == 0)[None, :]).to(tl.int32), axis=1)          # [ROWS]
-        accepted = (missed == 0) & (i < N)
-        depth = tl.sum(ancestor.to(tl.int32), axis=1) - 1
-        path += tl.sum(tl.where(accepted[:, None] & (depth[:, None] == slot[None, :]), i[:, None], 0), axis=0)
-        deepest = tl.maximum(deepest, tl.where(accepted, depth * NODES + i, 0))           # depth and index in one
-    deepest = tl.max(deepest, axis=0)
-    tl.store(path_ptr + b * width + slot, path.to(tl.int64), mask=slot < width)
-    tl.store(count_ptr + b, (deepest // NODES).to(tl.int64))
-    tl.store(next_ptr + b, tl.load(choice_ptr + b * N + deepest % NODES))
-
-
-def accept_triton(tokens, parents, mask, choice, width):
-    B, N = tokens.shape
-    path, count, next_token = choice.new_empty(B, width), choice.new_empty(B), choice.new_empty(B)
-    NODES = next_power_of_2(N)
-    _accept_kernel[(B,)](tokens.contiguous(), parents.contiguous(), choice.contiguous(), mask, path, count, next_token,
-                         N, *mask.stride(), width, ROWS=min(16, NODES), NODES=NODES, WIDTH=next_power_of_2(width))
-    return path, count, next_token
-
-
-def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
-    """How much of a drafted tree the target would accept (GTO, arXiv 2509.22134, eq. 3-5). Every node is real.
-
-    log_prob [B, N]  log T(token of the node | its ancestors), 0 for the root, as returned by `score_nodes`
-    parents  [B, N]; mask [B, N, N] bool, ancestors and self
-    aggregator   "lse": (1/eta) log sum over leaves of exp(eta L); "max", "mean": of L over leaves;
-                 "expected": sum of P over all nodes but the root, the expected accepted drafts of a sampling target
-    Returns  P [B, N] float32, the probability of the node's path (eq. 4), 1 for the root;
-             L [B, N] float32, sum of P over the node and its ancestors without the root (eq. 3);
-             reward R [B] float32
-    """
-    if aggregator not in ("lse", "max", "mean", "expected"):
-        raise ValueError(f"aggregator {aggregator!r}: choose lse, max, mean or expected")
-    run = tree_reward_triton if use_triton(log_prob) else tree_reward_reference
-    return run(log_prob, parents, mask, aggregator, eta)
-
-
-def tree_reward_reference(log_prob, parents, mask, aggregator="lse", eta=1.0):
-    # `where`, not a product with the mask: log T may be -inf, and 0 * -inf is NaN.
-    P = torch.where(mask, log_prob.float()[:, None], 0.0).sum(-1).exp()               # [B, N]
-    L = torch.where(mask, P[:, None], 0.0).sum(-1) - 1                                # [B, N]
-    if aggregator == "expected":
-        return P, L, P[:, 1:].sum(-1)
-    leaf = torch.ones_like(mask[:, 0]).scatter(1, parents[:, 1:], False)              # [B, N]
-    if aggregator == "max":
-        reward = L.masked_fill(~leaf, float("-inf")).amax(-1)
-    elif aggregator == "mean":
-        reward = L.masked_fill(~leaf, 0.0).sum(-1) / leaf.sum(-1)
-    else:
-        reward = (eta * L).masked_fill(~leaf, float("-inf")).logsumexp(-1) / eta
-    return P, L, reward
-
-
-@triton.jit
-def _reward_kernel(log_prob_ptr, parents_ptr, mask_ptr, P_ptr, L_ptr, reward_ptr, N, mask_b, mask_i, mask_j, eta,
-                   AGGREGATOR: tl.constexpr, ROWS: tl.constexpr, NODES: tl.constexpr):
-    b = tl.program_id(0).to(tl.int64)
-    mask_ptr += b * mask_b
-    j = tl.arange(0, NODES)
-    log_prob = tl.load(log_prob_ptr + b * N + j, mask=j < N, other=0.0)
-    L = tl.full([NODES], -1.0, tl.float32)
-    expected = tl.full([ROWS], 0.0, tl.float32)
-    children = tl.zeros([NODES], tl.int32)
-    for first in range(0, N, ROWS):
-        i = first + tl.arange(0, ROWS)
-        real = (i < N)[:, None] & (j < N)[None, :]
-        ancestor = tl.load(mask_ptr + i[:, None] * mask_i + j[None, :] * mask_j, mask=real, other=0) != 0
-        P = tl.exp(tl.sum(tl.where(ancestor, log_prob[None, :], 0.0), axis=1))            # [ROWS]
-        tl.store(P_ptr + b * N + i, P, mask=i < N)
-        expected += tl.where((i > 0) & (i < N), P, 0.0)
-        # The same mask transposed: these P go to the L of every node below i. Reading P back from memory instead
-        # would need all of it, and a barrier.
-        below = tl.load(mask_ptr + j[None, :] * mask_i + i[:, None] * mask_j, mask=real, other=0) != 0
-        L += tl.sum(tl.where(below, P[:, None], 0.0), axis=0)
-        parent = tl.load(parents_ptr + b * N + i, mask=(i > 0) & (i < N), other=-1)
-        children += tl.sum((parent[:, None] == j[None, :]).to(tl.int32), axis=0)
-    tl.store(L_ptr + b * N + j, L, mask=j < N)
-    leaf = (children == 0) & (j < N)
-    top = tl.max(tl.where(leaf, L, 0.0), axis=0)                                          # L >= 0
-    if AGGREGATOR == "expected":
-        reward = tl.sum(expected, axis=0)
-    elif AGGREGATOR == "max":
-        reward = top
-    elif AGGREGATOR == "mean":
-        reward = tl.sum(tl.where(leaf, L, 0.0), axis=0) / tl.sum(leaf.to(tl.float32), axis=0)
-    else:
-        reward = top + tl.log(tl.sum(tl.where(leaf, tl.exp(eta * (L - top)), 0.0), axis=0)) / eta
-    tl.store(reward_ptr + b, reward)
-
-
-def tree_reward_triton(log_prob, parents, mask, aggregator="lse", eta=1.0):
-    B, N = log_prob.shape
-    P, L = torch.empty(2, B, N, dtype=torch.float32, device=log_prob.device)
-    reward = torch.empty(B, dtype=torch.float32, device=log_prob.device)
-    NODES = next_power_of_2(N)
-    _reward_kernel[(B,)](log_prob.contiguous(), parents.contiguous(), mask, P, L, reward, N, *mask.stride(), float(eta),
-                         AGGREGATOR=aggregator, ROWS=min(16, NODES), NODES=NODES)
-    return P, L, reward

@@ -11,8 +11,7 @@ from kernels import next_power_of_2, tl, triton, use_triton
 def add_rms_norm(x, delta, weight, eps):
     """Residual addition and RMSNorm of the sum.
 
-    x [..., C]; delta [..., C] or None; weight [C]. Returns (x + delta, norm(x + delta) * weight), both in x's dtype.
-    """
+    x [..., C]; delta [..., C] or None; weight [C]. Returns (x + delta, norm(x + delta) * weight), both in x's dtype."""
     run = add_rms_norm_triton if use_triton(x) else add_rms_norm_reference
     return run(x, delta, weight, eps)
 
@@ -55,8 +54,7 @@ def add_rms_norm_triton(x, delta, weight, eps):
 def rotate(x, cos, sin):
     """Rotary positions, half-split form: x * cos + [-x2, x1] * sin.
 
-    x [B, N, H, D]; cos, sin [B, N, D/2] float32. Returns x's dtype.
-    """
+    x [B, N, H, D]; cos, sin [B, N, D/2] float32. Returns x's dtype."""
     run = rotate_triton if use_triton(x) else rotate_reference
     return run(x, cos, sin)
 
@@ -72,15 +70,15 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
                    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
-    real = (head < H)[:, None] & (d < HALF)[None, :]
+    valid = (head < H)[:, None] & (d < HALF)[None, :]
     cos = tl.load(cos_ptr + token * HALF + d, mask=d < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * HALF + d, mask=d < HALF, other=0.0)[None, :]
     x_at = x_ptr + token // N * x_b + token % N * x_n + head[:, None] * x_h + d[None, :]
-    x1 = tl.load(x_at, mask=real, other=0.0).to(tl.float32)
-    x2 = tl.load(x_at + HALF, mask=real, other=0.0).to(tl.float32)
+    x1 = tl.load(x_at, mask=valid, other=0.0).to(tl.float32)
+    x2 = tl.load(x_at + HALF, mask=valid, other=0.0).to(tl.float32)
     out_at = out_ptr + (token * H + head[:, None]) * (2 * HALF) + d[None, :]
-    tl.store(out_at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=real)
-    tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=real)
+    tl.store(out_at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=valid)
 
 
 def rotate_triton(x, cos, sin):

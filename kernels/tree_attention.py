@@ -28,8 +28,7 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     k_cache, v_cache [C, G, S, D]  one row per sequence
     length   [B] int64       tree b sees cache positions 0 .. length[b]-1; may be 0
     sequence [B] int64       the cache row of tree b; None: row b. Several trees may share a row.
-    Returns  [B, H, N, D] in q's dtype; softmax(q k / sqrt(D)) v, accumulated in float32.
-    """
+    Returns  [B, H, N, D] in q's dtype; softmax(q k / sqrt(D)) v, accumulated in float32."""
     run = tree_attention_triton if use_triton(q) else tree_attention_reference
     return run(q, k, v, mask, k_cache, v_cache, length, sequence)
 
@@ -85,10 +84,10 @@ def _attention_kernel(
 
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     node, head = rows // GROUP, g * GROUP + rows % GROUP
-    real = rows < N * GROUP
+    valid = rows < N * GROUP
     keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + b * q_b + (head * q_h + node * q_n)[:, None] + dims[None, :],
-                mask=real[:, None] & (dims < D)[None, :], other=0.0)
+                mask=valid[:, None] & (dims < D)[None, :], other=0.0)
 
     # A finite start for the maximum: while a row has seen no key, exp2(-inf - top) is 0. With -inf it would be NaN.
     top = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -116,17 +115,17 @@ def _attention_kernel(
                     mask=(m < M)[None, :] & (dims < D)[:, None], other=0.0)
         v = tl.load(v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :],
                     mask=(m < M)[:, None] & (dims < D)[None, :], other=0.0)
-        visible = tl.load(mask_row[:, None] + m[None, :] * mask_m, mask=real[:, None] & (m < M)[None, :], other=0) != 0
+        visible = tl.load(mask_row[:, None] + m[None, :] * mask_m, mask=valid[:, None] & (m < M)[None, :], other=0) != 0
         top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
     H = G * GROUP
     out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * H + head
     if PARTIAL:
-        tl.store(lse_ptr + out_row, top + tl.log2(total), mask=real)   # -inf for an empty split: weight 0
+        tl.store(lse_ptr + out_row, top + tl.log2(total), mask=valid)   # -inf for an empty split: weight 0
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + out_row[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=real[:, None] & (dims < D)[None, :])
+             mask=valid[:, None] & (dims < D)[None, :])
 
 
 @triton.jit
@@ -174,14 +173,12 @@ def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None
         part = q.new_empty(splits, B, N, H, D, dtype=torch.float32)
         lse = q.new_empty(splits, B, N, H, dtype=torch.float32)
     _attention_kernel[(programs, splits)](
-        q, k, v, mask, k_cache, v_cache, length, sequence, part, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        N, M, G, splits, math.log2(math.e) / math.sqrt(D),
-        GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+        q, k, v, mask, k_cache, v_cache, length, sequence, part, lse, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], N, M, G, splits,
+        math.log2(math.e) / math.sqrt(D), GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
         PARTIAL=splits > 1, num_warps=warps, num_stages=stages)
     if splits > 1:
         ROWS = max(1, 32 // next_power_of_2(splits))
         _combine_kernel[(-(-B * N * H // ROWS),)](
-            part, lse, out, B * N * H, splits,
-            D=D, SPLITS=next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
+            part, lse, out, B * N * H, splits, D=D, SPLITS=next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
     return out.transpose(1, 2)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import gto  # noqa: E402, F401  first: thread settings that torch reads when it is imported
+# Programs that a test starts would inherit the one core to which gto binds the main thread.
+os.environ |= {"OMP_PROC_BIND": "false", "GOMP_SPINCOUNT": "1000"}
+
 import torch  # noqa: E402
 
 

@@ -13,11 +13,12 @@ import pytest
 import regex
 import tiktoken.load
 
-from gto.bpe import merge_pair, read_ranks, save_ranks, train_bpe
-from gto.corpus import collect, read_inputs, render_chat
-from gto.data import PIECE_CHARS, Corpus, cut_prompts, ensure_data, pieces, prepare, read_prompts, split
-from gto.errors import UserError
-from gto.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, StreamDecoder, llama3_specials, load_encoding, token_bytes
+from gto.data import (PIECE_CHARS, Corpus, collect, cut_prompts, ensure_data, pieces, prepare, read_inputs,
+                      read_prompts, render_chat, split)
+from gto.released.tokenizers import llama3_specials
+from gto.tokenizer import (LLAMA3_PATTERN, StreamDecoder, load_encoding, merge_pair, read_own_meta, read_ranks,
+                           save_ranks, token_bytes, train_bpe)
+from gto.util import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT.parent / "shared" / "goldens"
@@ -59,12 +60,12 @@ def test_trainer_equals_counting_everything_again_at_each_merge():
     rng = random.Random(0)
     texts = ["".join(rng.choice(["a", "ab", "ba", "aa", "é", " ", "abc", "\n", "7"]) for _ in range(400))
              for _ in range(5)]
-    ranks = train_bpe(texts, 330, LLAMA3_PATTERN, progress=False)
+    ranks = train_bpe(texts, 330, LLAMA3_PATTERN)
     assert len(ranks) == 330 and ranks == brute_force_bpe(texts, 330)
 
 
 def test_trainer_stops_when_nothing_repeats():
-    assert len(train_bpe(["abc xyz"], 400, LLAMA3_PATTERN, progress=False)) == 256
+    assert len(train_bpe(["abc xyz"], 400, LLAMA3_PATTERN)) == 256
 
 
 def test_rank_file_is_tiktokens(folder, tmp_path, monkeypatch):
@@ -139,11 +140,6 @@ def test_bare_rank_file_gets_llama3_specials(folder, tmp_path):
     assert specials["<|eot_id|>"] == 128009 and specials["<|reserved_special_token_3|>"] == 128011
 
 
-def test_gpt2_pattern_splits_as_tiktokens():
-    public = pytest.importorskip("tiktoken_ext.openai_public")
-    assert regex.findall(GPT2_PATTERN, TEXT) == regex.findall(public.r50k_pat_str, TEXT)
-
-
 def test_pieces_keep_the_text_and_bound_the_length():
     for text in ("", "short\n", "x" + " " * (3 * PIECE_CHARS) + "y", "line of text\n" * PIECE_CHARS):
         parts = pieces(text)
@@ -205,7 +201,7 @@ def test_every_document_comes_back_on_one_side(folder):
         assert tokens[-1] == corpus.eot_id and tokens.count(corpus.eot_id) == len(documents) > 0
         joined = corpus.encoding.decode(tokens)
         assert joined == "".join(text + "<|end_of_text|>" for text in documents.values())
-    assert corpus.meta["dtype"] == "uint16" and corpus.tokens["train"].dtype == np.uint16
+    assert read_own_meta(folder)["dtype"] == "uint16" and corpus.tokens["train"].dtype == np.uint16
 
 
 def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
@@ -235,7 +231,7 @@ def test_prompts_are_held_out_and_varied(folder):
     train, val = sides()
     prompts = read_prompts(f"{folder}/prompts.jsonl")
     texts = [turns[0] for turns in prompts]
-    assert len(set(texts)) == len(texts) == 128 and texts == Corpus(folder).prompts()
+    assert len(set(texts)) == len(texts) == 128
     assert all(100 <= len(text) <= 300 for text in texts)
     for text in texts:
         assert any(text in source for source in val.values())
@@ -260,16 +256,18 @@ def test_batches_are_windows_and_depend_on_seed_and_step_only(folder):
 
 
 def test_missing_data_is_prepared_from_the_standard_library(tmp_path):
-    corpus = ensure_data(tmp_path / "new", vocab_size=300)
-    assert corpus.vocab_size == 300 and corpus.meta["dataset"] == "stdlib" and len(corpus.tokens["val"]) > 10_000
+    ensure_data(tmp_path / "new", "stdlib", 300)
+    corpus = Corpus(tmp_path / "new")
+    assert corpus.vocab_size == 300 and len(corpus.tokens["val"]) > 10_000
+    assert read_own_meta(tmp_path / "new")["dataset"] == "stdlib"
     with pytest.raises(UserError, match="300 ids, not 400"):
-        ensure_data(tmp_path / "new", vocab_size=400)
+        ensure_data(tmp_path / "new", "stdlib", 400)
     names = [name for name, _ in collect("stdlib")]
     assert names == sorted(set(names)) and "lib/argparse.py" in names
     assert not any(part in ("test", "site-packages") for name in names for part in name.split("/"))
     os.truncate(tmp_path / "new" / "val.bin", 1000)
-    with pytest.raises(UserError, match="val.bin has 500 tokens"):
-        ensure_data(tmp_path / "new")
+    with pytest.raises(UserError, match="only a part"):
+        ensure_data(tmp_path / "new", "stdlib", 300)
 
 
 def test_python_sources_are_filtered_and_copies_dropped(tmp_path, monkeypatch):
@@ -321,15 +319,13 @@ def test_bad_files_and_folders(tmp_path):
              lambda: read_prompts(tmp_path / "empty"),
              lambda: read_prompts(tmp_path / "missing"),
              lambda: Corpus(tmp_path),
-             lambda: ensure_data(tmp_path),
+             lambda: ensure_data(tmp_path, "stdlib", 300),
              lambda: load_encoding(tmp_path / "binary.model"),
              lambda: load_encoding("no_such_tokenizer"),
-             lambda: read_inputs([str(tmp_path / "empty")]),
+             lambda: collect(None, [str(tmp_path / "empty")]),
              lambda: read_inputs([str(tmp_path / "binary.model")]),
              lambda: read_inputs(["no/such/file"]),
              lambda: prepare(tmp_path / "new", vocab_size=256),
-             lambda: prepare(tmp_path / "new", val_fraction=1),
-             lambda: prepare(tmp_path / "new", tokenizer="gpt2", vocab_size=300),
              lambda: prepare(tmp_path / "q.jsonl", inputs=INPUTS),
              lambda: prepare(tmp_path, inputs=INPUTS)]
     for call in calls:
@@ -342,7 +338,7 @@ def test_the_program_ends_with_one_line_and_status_2(tmp_path):
     offline = os.environ | {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTPS_PROXY")}
     offline["TIKTOKEN_CACHE_DIR"] = str(tmp_path / "cache")
     cases = [(["--colour"], "--colour"), (["--tokenizer", "gpt2"], "network"),
-             (["--dataset", "shakespeare"], "--input")]
+             (["--tokenizer", "gpt2", "--vocab-size", "300"], "--vocab-size is for")]
     runs = [subprocess.Popen([sys.executable, "prepare_data.py", "--out", str(tmp_path / f"out{i}"), *flags], cwd=ROOT,
                              env=offline, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for i, (flags, _) in enumerate(cases)]
@@ -356,5 +352,5 @@ def test_the_program_prepares_a_text_file(tmp_path):
     subprocess.run([sys.executable, "prepare_data.py", "--input", str(tmp_path / "notes.txt"), "--vocab-size", "300",
                     "--out", str(tmp_path / "out")], cwd=ROOT, check=True, capture_output=True)
     corpus = Corpus(tmp_path / "out")
-    assert corpus.meta["dataset"] == "input" and corpus.vocab_size == 300
+    assert read_own_meta(tmp_path / "out")["dataset"] == "input" and corpus.vocab_size == 300
     assert "apples" in corpus.encoding.decode(corpus.batch("val", 0, 1, 32)[0].tolist())

@@ -1,18 +1,18 @@
 """Losslessness at T=0, and the engine's state against a forward over the whole text."""
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import gto.engine
 import gto.model
-from gto.adaptive import AdaptiveEngine
-from gto.diagnose import dissect
 from gto.engine import Engine
-from gto.errors import UserError
-from gto.policy import Space
+from gto.evaluate import timed
 from gto.tree import TreeShape
+from gto.util import UserError
 from gto.verify import Sampling
+from kernels.graphs import Graphs
 from kernels.tree_attention import tree_attention_reference
 from tests.tiny import tiny_models, tiny_prompts
 
@@ -52,14 +52,14 @@ def test_caches_hold_what_a_full_forward_would():
     engine = Engine(target, head, TreeShape(4, 3, 12), batch=4)
     rows = [p + [t] for p, t in zip(prompts, engine.prefill(prompts))]
     for _ in range(6):
-        engine.check(engine.draft())
+        engine.verify(engine.draft())
         for b, row in enumerate(rows):
-            row += engine.emitted[b, :engine.count[b] + 1].tolist()
+            row += engine.emitted[b, :engine.num_accepted[b] + 1].tolist()
     assert any(len(row) - len(p) > 7 for row, p in zip(rows, prompts)), "nothing was accepted: the test shows nothing"
     for b, row in enumerate(rows):
         tokens = torch.tensor([row])
         _, features, keys, values = target(tokens[:, :-1])
-        n, a = len(row) - 1, int(engine.count[b])
+        n, a = len(row) - 1, int(engine.num_accepted[b])
         assert engine.length[b] == n
         for layer in range(target.config.layers):
             torch.testing.assert_close(engine.target_cache.k[layer, b, :, :n], keys[layer][0], atol=1e-4, rtol=1e-4)
@@ -98,9 +98,9 @@ def test_drafting_agrees_with_training():
     engine = Engine(target, head, TreeShape(1, 5, 5), score_temp=1.0)
     root = engine.prefill([prompt])
     tree = engine.draft()
-    _, features, _, _ = target(torch.tensor([prompt]))
-    hidden = head.unroll(features, torch.tensor([prompt[1:] + root]), torch.tensor([[len(prompt) - 1]]),
-                         tree.tokens[:, None, 1:-1])
+    tokens = torch.tensor([prompt + root])
+    _, features, _, _ = target(tokens)
+    hidden = head.unroll(features, tokens, torch.tensor([[len(prompt) - 1]]), tree.tokens[:, None, 1:-1])
     log_q = torch.log_softmax(head.logits(hidden), -1)[0, 0]       # [5, V]
     path = log_q.gather(-1, tree.tokens[0, 1:, None]).squeeze(-1).cumsum(0)
     torch.testing.assert_close(path, tree.scores[0, 1:], atol=1e-4, rtol=1e-4)
@@ -131,62 +131,49 @@ def test_a_cycle_never_waits_for_the_device(monkeypatch, sampling):
     reads one (the longest prefix); in its place stands a version that, like the kernel, does not."""
     target, head = tiny_models(seed=1)
     prompts = tiny_prompts(3)
-    for engine in (Engine(target, head, TreeShape(4, 3, 12), sampling, 3, 64), Engine(target, None, None, sampling, 3, 64)):
+    for drafter, shape in (head, TreeShape(4, 3, 12)), (None, None):
+        engine = Engine(target, drafter, shape, sampling, 3, 64)
         engine.prefill(prompts)
-        state = engine.length.clone(), engine.count.clone(), engine.emitted.clone(), engine.features.clone()
+        state = engine.length.clone(), engine.num_accepted.clone(), engine.emitted.clone(), engine.features.clone()
         torch.manual_seed(0)
         engine.cycle()
-        expected = engine.emitted.clone(), engine.count.clone(), engine.length.clone()
-        for x, before in zip((engine.length, engine.count, engine.emitted, engine.features), state):
+        expected = engine.emitted.clone(), engine.num_accepted.clone(), engine.length.clone()
+        for x, before in zip((engine.length, engine.num_accepted, engine.emitted, engine.features), state):
             x.copy_(before)
         monkeypatch.setattr(gto.model, "tree_attention", without_looking)
         torch.manual_seed(0)
         with NoSync():
             engine.cycle()
         monkeypatch.setattr(gto.model, "tree_attention", tree_attention_reference)
-        assert all(torch.equal(a, b) for a, b in zip((engine.emitted, engine.count, engine.length), expected))
+        assert all(torch.equal(a, b) for a, b in zip((engine.emitted, engine.num_accepted, engine.length), expected))
 
 
-def graph_on_cpu(run, pool=None):
-    """What `graph_of` returns, without a GPU: a replay gives its results in the tensors of the first ones."""
-    run(), run()
-    results = run()
+class GraphsOnCpu(Graphs):
+    """What CUDA graphs do, without a GPU: what was captured is replayed, into the tensors of the capture's results."""
 
-    def replay():
-        for result, new in zip(tree_leaves(results), tree_leaves(run())):
+    def __call__(self, key, part):
+        if key not in self.graphs:
+            before = [x.clone() for x in self.state]
+            part(), part()
+            self.graphs[key] = part, part()
+            for x, was in zip(self.state, before):
+                x.copy_(was)
+        part, results = self.graphs[key]
+        for result, new in zip(tree_leaves(results), tree_leaves(part())):
             if isinstance(result, torch.Tensor):
                 result.copy_(new)
         return results
-    return replay
 
 
-class Whimsical:
-    """A policy whose decisions vary with the context's length."""
-    space = Space(3, 4, (0, 1, 2, 5, 9))
-
-    def stop(self, seen):
-        return seen[0, 0] * 4 > seen[0, 1] * 1000 % 4
-
-    def size(self, seen):
-        return seen[0, 1] * 1000 / 4 % 5
-
-
-@pytest.mark.parametrize("kind", ["plain", "fixed", "adaptive"])
-def test_steps_replayed_from_graphs(monkeypatch, kind):
-    """Every step finds its input where the step before has left it; what recording does to the state is undone."""
-    monkeypatch.setattr(gto.engine, "graph_of", graph_on_cpu)
+@pytest.mark.parametrize("kind", ["plain", "fixed"])
+def test_cycles_replayed_from_graphs(kind):
+    """Every part finds its input where the part before has left it; what capturing does to the state is undone."""
     target, head = tiny_models(seed=2, spread=0.2)
-    engines = [AdaptiveEngine(target, head, Whimsical()) if kind == "adaptive" else
-               Engine(target, head if kind == "fixed" else None, TreeShape(3, 4, 9)) for _ in range(2)]
-    engines[1].graphs = {}
-    accepted = []
-    for prompt in tiny_prompts(6, seed=3):
-        eager, replayed = (dissect(engine, prompt, 40)["tree"] for engine in engines)
-        assert eager == replayed
-        last = [engine.emitted[0, :engine.count + 1].tolist() for engine in engines]
-        assert last[0] == last[1]
-        accepted += eager
-    assert kind == "plain" or len(set(accepted)) > 2, "nothing was accepted: the test shows nothing"
-    if kind == "adaptive":
-        decided = [[decision[:2] for decision in engine.decisions] for engine in engines]
-        assert decided[0] == decided[1] and len(set(decided[0])) > 8
+    eager, replayed = (Engine(target, head if kind == "fixed" else None, TreeShape(3, 4, 9)) for _ in range(2))
+    replayed.run = GraphsOnCpu(replayed.device, replayed.run.state)
+    for step in (lambda: replayed.run("cycle", replayed.cycle),
+                 lambda: replayed.run("verify", partial(replayed.verify, replayed.run("draft", replayed.draft)))):
+        replayed.step = step
+        pairs = [(timed(replayed, prompt, 40), timed(eager, prompt, 40)) for prompt in tiny_prompts(6, seed=3)]
+        assert all((a.tokens, a.cycles) == (b.tokens, b.cycles) for a, b in pairs)
+        assert kind == "plain" or len({a.cycles for a, _ in pairs}) > 2, "little was accepted: the test shows nothing"

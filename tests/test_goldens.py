@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from gto.checkpoint import load_head, load_target
 from gto.engine import Engine
-from gto.load import load_head, load_target
-from gto.model import KVCache, ModelConfig, Prefix
+from gto.model import KV, KVCache, ModelConfig, Prefix, Target
 from gto.tree import Tree, TreeShape, ancestor_mask, draft_tree
-from gto.verify import Sampling, verify, warp
-from kernels.acceptance import accept, score_nodes
+from gto.verify import Sampling, accept, verify, warp
+from kernels.acceptance import score_nodes
+from tests.test_load import write_release
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
 FIXTURE = Path(__file__).with_name("fixtures") / "goldens.pt"
@@ -40,15 +41,10 @@ def fixture():
 
 @pytest.fixture(scope="module")
 def eagle():
-    """EAGLE's target and a function that loads a head for it, once."""
+    """EAGLE's target and the heads for it."""
     pytest.importorskip("safetensors")
-    target, heads = load_target(GOLDENS / "eagle_target"), {}
-
-    def head(name):
-        if name not in heads:
-            heads[name] = load_head(GOLDENS / name, target)
-        return heads[name]
-    return target, head
+    target = load_target(GOLDENS / "eagle_target")
+    return target, {name: load_head(GOLDENS / name, target) for name in HEADS}
 
 
 # Targets --------------------------------------------------------------------------------------------------------
@@ -59,17 +55,11 @@ def check_target(target, tokens, logits, features, positions=None):
     B, N = tokens.shape
     causal = torch.ones(N, N, dtype=torch.bool).tril().expand(B, N, N)
     positions = torch.arange(N).expand(B, N) if positions is None else positions.expand(B, N)
-    empty = Prefix(target.new_cache(B, 1), torch.zeros(B, dtype=torch.long))
+    empty = Prefix(KVCache(target, B, 1), torch.zeros(B, dtype=torch.long))
     for output in target(tokens, positions), target(tokens, positions, causal, empty):
         torch.testing.assert_close(target.logits(output[0]), logits, **CLOSE)
         if features is not None:
             torch.testing.assert_close(output[1], features, **CLOSE)
-
-
-def write_release(folder, config, weights):
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.save(weights, folder / "pytorch_model.bin")
-    return folder
 
 
 def test_target_fixture(fixture, tmp_path):
@@ -89,8 +79,8 @@ def test_target(folder, expected):
     target = load_target(GOLDENS / folder)
     torch.testing.assert_close(target.frequencies, values["inv_freq"])
     for case in "case0", "case1":
-        inputs = torch.cat([values[f"{case}.hidden_states"][i] for i in target.config.taps], dim=-1)
-        check_target(target, values[f"{case}.input_ids"], values[f"{case}.logits"], inputs)
+        features = torch.cat([values[f"{case}.hidden_states"][i] for i in target.config.taps], dim=-1)
+        check_target(target, values[f"{case}.input_ids"], values[f"{case}.logits"], features)
     check_target(target, values["case1.input_ids"], values["stretched.logits"], None, values["stretched.position_ids"])
 
 
@@ -98,50 +88,44 @@ def test_target(folder, expected):
 
 def eagle_shape(depth, top_k, total_token):
     """EAGLE counts the levels behind the first, and the root among the nodes."""
-    return TreeShape(branch=top_k, levels=depth + 1, nodes=total_token - 1)
+    return TreeShape(top_k=top_k, depth=depth + 1, nodes=total_token - 1)
 
 
 @torch.no_grad()
 def check_trees(head, features, hidden, logits, case):
-    prompt, (B, n, _) = case["prompt_ids"], features.shape
-    tokens = torch.tensor([prompt[1:] + [case["sampled_token"]]])
+    n, tokens = features.shape[1], torch.tensor([case["prompt_ids"][1:] + [case["sampled_token"]]])
     out, keys, values = head(head.fuse(features), tokens, torch.arange(n)[None])
     torch.testing.assert_close(out, hidden, **CLOSE)
     if logits is not None:
         torch.testing.assert_close(head.logits(out), logits, **CLOSE)
-    cache = head.new_cache(B, n)
-    cache.commit([keys], [values], torch.zeros(B, dtype=torch.long))
+    prefix = Prefix(KV([keys], [values]), torch.tensor([n]))
     for golden in case["trees"]:
         shape = eagle_shape(golden["depth"], golden["top_k"], golden["total_token"])
-        tree = draft_tree(head, out[:, -1], tokens[:, -1], Prefix(cache, torch.tensor([n])), shape, 1.0)
+        tree = draft_tree(head, out[:, -1], tokens[:, -1], prefix, shape, 1.0)
         assert tree.tokens[0].tolist() == golden["draft_tokens"]
         assert tree.depth[0].tolist() == golden["tree_position_ids"]
         assert torch.equal(tree.mask[0], golden_mask(golden))
-        assert torch.equal(ancestor_mask(tree.parents, shape.levels), tree.mask)
+        assert torch.equal(ancestor_mask(tree.parents, shape.depth), tree.mask)
 
 
 def golden_mask(golden):
     return torch.tensor([[bit == "1" for bit in row] for row in golden["tree_mask"]])
 
 
-class Recall(torch.nn.Module):
+class Recall(Target):
     """In place of a target too large for a fixture: it knows one text. At a position of the text it returns what the
     target computed there, whatever the token; that is right for nodes on the text, and no other can be accepted."""
 
     def __init__(self, embedding, features, tokens):
-        super().__init__()
-        self.config = ModelConfig(vocab_size=len(embedding), dim=embedding.shape[1], kv_heads=1, head_dim=1)
+        V, dim = embedding.shape
+        super().__init__(ModelConfig(vocab_size=V, layers=1, dim=dim, kv_heads=1, head_dim=2))
         self.embed = torch.nn.Embedding.from_pretrained(embedding.float())
-        self.norm = torch.nn.RMSNorm(embedding.shape[1])
         self.features, self.tokens = features[0], tokens[0]
-
-    def new_cache(self, sequences, capacity):
-        return KVCache(self.config, 1, sequences, capacity, like=self.norm.weight)
 
     def forward(self, tokens, positions=None, mask=None, prefix=None):
         positions = torch.arange(tokens.shape[1])[None] if positions is None else positions
         positions = positions.clamp(max=len(self.features) - 1)
-        nothing = torch.zeros(*tokens.shape, 1)[:, None]
+        nothing = torch.zeros(len(tokens), 1, tokens.shape[1], 2)
         return self.tokens[positions + 1, None], self.features[positions], [nothing], [nothing]
 
     def logits(self, hidden):
@@ -164,7 +148,7 @@ def test_trees_fixture(fixture, recalled):
 @needs_goldens
 @pytest.mark.parametrize("name", HEADS)
 def test_trees(eagle, name):
-    target, head = eagle[0], eagle[1](name)
+    target, head = eagle[0], eagle[1][name]
     tensors = golden_tensors("eagle_trees.safetensors")
     cases = [case for case in golden_json("eagle_trees.json")["cases"] if case["head"] == name]
     assert cases
@@ -189,8 +173,8 @@ def check_loop(target, head, golden):
             assert tree.tokens[0].tolist() == golden["rounds"][i]["draft_tokens"]
             assert tree.depth[0].tolist() == golden["rounds"][i]["tree_position_ids"]
             assert engine.length.tolist() == [golden["rounds"][i]["n_context"]]
-        engine.check(tree)
-        accepted.append(int(engine.count[0]))
+        engine.verify(tree)
+        accepted.append(int(engine.num_accepted[0]))
         ids += engine.emitted[0, :accepted[-1] + 1].tolist()
     assert accepted == golden["accept_lengths"]
     # EAGLE returns the tokens of whole rounds, without the bonus of the last one.
@@ -205,14 +189,14 @@ def test_loop_fixture(fixture, recalled):
 @needs_goldens
 @pytest.mark.parametrize("name", HEADS)
 def test_loops(eagle, name):
-    target, head = eagle[0], eagle[1](name)
+    target, head = eagle[0], eagle[1][name]
     loops = [loop for loop in golden_json("eagle_loops.json")["loops"] if loop["head"] == name]
     assert loops
     for loop in loops:
         check_loop(target, head, loop)
         plain = Engine(target, None, capacity=loop["max_length"])
-        chunks = plain.generate([loop["prompt_ids"]], len(loop["greedy_ids"]))
-        assert [token for (chunk,) in chunks for token in chunk] == loop["greedy_ids"]
+        (ids,) = plain.complete([loop["prompt_ids"]], len(loop["greedy_ids"]))
+        assert ids == loop["prompt_ids"] + loop["greedy_ids"]
 
 
 # Acceptance -----------------------------------------------------------------------------------------------------
@@ -253,11 +237,9 @@ def rejection_walk(p, tree, draws):
 
 def rejection_law(p, tree):
     """The exact distribution of EAGLE's rule: [N, V], the probability to stop at node n and emit token x there."""
-    law, reach = torch.zeros_like(p), torch.zeros(len(p), dtype=p.dtype)
-    reach[0] = 1
+    law, reach = torch.zeros_like(p), torch.eye(len(p), dtype=p.dtype)[0]
     for node in range(len(p)):
-        rest = p[node].clone()
-        left = reach[node].clone()                                # that all children so far were rejected
+        rest, left = p[node].clone(), reach[node].clone()         # left: that all children so far were rejected
         for child in children(tree, node):
             token = tree.tokens[0, child]
             reach[child], left = left * rest[token], left * (1 - rest[token])
@@ -275,7 +257,7 @@ def our_law(p, tree):
     """
     (N, V), law = p.shape, torch.zeros_like(p)
     lure = torch.tensor([tree.tokens[0, (children(tree, node) or [0])[0]] for node in range(N)])
-    many = [x.expand(V, *x.shape[1:]) for x in tree[:3]]
+    many = Tree(*(x.expand(V, *x.shape[1:]) for x in tree))
     width = int(tree.depth.max()) + 1
     for node in range(N):
         choice, weight, child = lure.repeat(V, 1), p[node].clone(), node
@@ -285,7 +267,7 @@ def our_law(p, tree):
             choice[:, parent] = tree.tokens[0, child]
             weight *= p[parent, tree.tokens[0, child]]
             child = parent
-        path, count, emitted = accept(*many, choice, width)
+        path, count, emitted = accept(many, choice, width)
         last = path.gather(1, count[:, None]).squeeze(1)
         stays = last == node
         assert torch.equal(emitted[stays], torch.arange(V)[stays])
@@ -296,18 +278,17 @@ def our_law(p, tree):
 
 def check_verification(tree, logits, runs, sample_p):
     """logits [N, V]; sample_p [runs, V]"""
-    compared = []
+    settings = {}
     for run, golden in zip(runs, sample_p):
-        sampling = Sampling(run["temperature"], run["top_k"], run["top_p"] or 1.0)   # EAGLE: 0 is off
-        p = warp(logits, sampling).softmax(-1)
+        setting = run["temperature"], run["top_k"], run["top_p"] or 1.0              # EAGLE: 0 is off
+        settings[setting] = p = warp(logits, Sampling(*setting)).softmax(-1)
         path, rest = rejection_walk(p, tree, run["draws"])
         assert path == run["path_nodes"]
         torch.testing.assert_close(rest, golden, **CLOSE)
-        if sampling not in compared:
-            law = our_law(p.double(), tree)
-            torch.testing.assert_close(law.sum(), torch.ones((), dtype=torch.double))
-            torch.testing.assert_close(law, rejection_law(p.double(), tree), atol=1e-7, rtol=1e-5)
-            compared.append(sampling)
+    for p in settings.values():
+        law = our_law(p.double(), tree)
+        torch.testing.assert_close(law.sum(), torch.ones((), dtype=torch.double))
+        torch.testing.assert_close(law, rejection_law(p.double(), tree), atol=1e-7, rtol=1e-5)
 
 
 def test_verification_fixture(fixture):

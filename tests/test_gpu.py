@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import gto.ltd.ppo
 import train
-from gto import ltd
-from gto.adaptive import AdaptiveEngine
 from gto.data import prepare
-from gto.diagnose import dissect
 from gto.engine import Engine
-from gto.policy import Space
+from gto.evaluate import timed
+from gto.ltd import __main__ as ltd
+from gto.ltd.engine import AdaptiveEngine
+from gto.ltd.policy import Space
 from gto.tree import TreeShape
 from gto.verify import Sampling
-from tests.test_engine import Whimsical
+from tests.test_ltd import Whimsical
 from tests.test_train import TINY
 from tests.tiny import tiny_models, tiny_prompts
 
@@ -36,7 +37,7 @@ def test_greedy_output_is_the_cpus(kind):
     on_cpu, on_gpu = (kinds[kind](*models(device)) for device in ("cpu", "cuda"))
     for prompt in tiny_prompts(4, seed=3):
         assert on_gpu.complete([prompt], 40) == on_cpu.complete([prompt], 40)
-        assert dissect(on_gpu, prompt, 40)["tree"] == dissect(on_cpu, prompt, 40)["tree"]
+        assert timed(on_gpu, prompt, 40).cycles == timed(on_cpu, prompt, 40).cycles
 
 
 def test_a_replayed_graph_draws_anew():
@@ -50,11 +51,13 @@ def test_everything_runs_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("words.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(3000)))
     prepare("data", inputs=["words.txt"], vocab_size=320)
-    for name, value in {"SPACES": {"cuda": Space(3, 4, (2, 5, 9))}, "TRAIN": 8, "VALIDATE": 4, "STEPS": 2048}.items():
+    for name, value in {"SPACES": {"cuda": Space(3, 4, (2, 5, 9))}, "TRAIN": 8, "VALIDATE": 4}.items():
         monkeypatch.setattr(ltd, name, value)
-    for stage in [], ["--stage", "ltd"]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--data", "data", "--device", "cuda", *stage])
-        train.main()
+    monkeypatch.setattr(gto.ltd.ppo, "UPDATES", 1)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--data", "data", "--device", "cuda"])
+    train.main()
     results = json.loads(Path("out/results.json").read_text())
-    assert all(results["methods"]["gto"][T]["tau"] >= 1 for T in ("T0", "T1"))
+    assert len(results["rows"]) == 8 and all(row["tau"] >= 1 for row in results["rows"])
+    monkeypatch.setattr(sys, "argv", ["gto.ltd", "--data", "data", "--device", "cuda"])
+    ltd.main()
     assert "| 1 | gto | LTD |" in Path("out/ltd.md").read_text()

@@ -1,7 +1,5 @@
 """Loading of published weights in every layout, errors for damaged ones, and the export of heads."""
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gto import checkpoint
-from gto.errors import UserError
-from gto.export import export
+from gto.checkpoint import finish, load_head, load_target
 from gto.head import DraftHead, HeadConfig
-from gto.load import load_head, load_target
-from gto.model import ModelConfig, Prefix, Target, rotary_frequencies
-from gto.tree import TreeShape, draft_tree
+from gto.model import ModelConfig, Target, rotary_frequencies
+from gto.released import export
+from gto.util import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+FIXTURE = Path(__file__).with_name("fixtures") / "goldens.pt"
 # dim 24: 2 * 4 * 24 / 3 = 64, rounded up to a multiple of 48 gives Meta's feed-forward width of 96.
 LLAMA = ModelConfig(vocab_size=40, layers=3, dim=24, heads=4, kv_heads=4, head_dim=6, ffn_dim=96, max_len=8192,
                     rope_theta=5e5, tied=False)
@@ -80,26 +76,22 @@ def write_release(folder, config, tensors, shards=1, safetensors=False):
 
 def write_meta_release(folder, target, shards, embedding_axis):
     """params.json and consolidated.NN.pth: rotary pairs are neighbours, weights cut as for Meta's parallel layers."""
-    c = target.config
-    _, tensors = hugging_face_release(target)
+    c, half = target.config, target.config.head_dim // 2
     names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
              "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-             "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+             "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "model.": "",
              "post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "lm_head": "output"}
-    files = [{"rope.freqs": torch.zeros(c.head_dim // 2)} for _ in range(shards)]
-    for name, tensor in tensors.items():
+    files = [{"rope.freqs": torch.zeros(half)} for _ in range(shards)]
+    for name, tensor in hugging_face_release(target)[1].items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            half = c.head_dim // 2   # row j + half of a head moves behind row j
-            order = torch.tensor([j + part * half for j in range(half) for part in (0, 1)])
+            order = torch.arange(c.head_dim).view(2, half).T.flatten()      # row j + half of a head moves behind row j
             tensor = tensor.view(-1, c.head_dim, c.dim)[:, order].reshape(tensor.shape)
         for theirs, metas in names.items():
             name = name.replace(theirs, metas)
-        name = name.removeprefix("model.")
         by_columns = name.endswith(("wo.weight", "w2.weight")) or "tok_embeddings" in name and embedding_axis == 1
         parts = [tensor] * shards if tensor.dim() == 1 else tensor.chunk(shards, dim=int(by_columns))
         for file, part in zip(files, parts):
             file[name] = part.clone()
-    folder.mkdir(parents=True, exist_ok=True)
     for i, file in enumerate(files):
         torch.save(file, folder / f"consolidated.{i:02}.pth")
     (folder / "params.json").write_text(json.dumps({
@@ -108,9 +100,16 @@ def write_meta_release(folder, target, shards, embedding_axis):
     return folder
 
 
-def same_weights(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same_model(one, other):
+    """Numbers, weights, rotary frequencies."""
+    weights, others = ({**model.state_dict(), "frequencies": model.frequencies} for model in (one, other))
+    return (one.config == other.config and weights.keys() == others.keys()
+            and all(torch.equal(weights[name], others[name]) for name in weights))
+
+
+@pytest.fixture
+def target():
+    return randomize(Target(LLAMA))
 
 
 def error_of(call, *arguments):
@@ -118,6 +117,13 @@ def error_of(call, *arguments):
         call(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def main(module, *arguments):
+    """What `python -m module ...` runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
 
 
 # Targets --------------------------------------------------------------------------------------------------------
@@ -129,18 +135,14 @@ def error_of(call, *arguments):
 def test_hugging_face_release_gives_back_the_weights(tmp_path, changes, shards, safetensors):
     target = randomize(Target(replace(LLAMA, **changes)))
     loaded = load_target(write_release(tmp_path, *hugging_face_release(target), shards, safetensors))
-    assert loaded.config == target.config
-    assert same_weights(loaded, target)
+    assert same_model(loaded, target)
     assert (loaded.unembed.weight is loaded.embed.weight) == target.config.tied
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
 @pytest.mark.parametrize("shards, embedding_axis", [(1, 0), (2, 0), (4, 0), (2, 1), (4, 1)])
-def test_meta_release_gives_back_the_weights(tmp_path, shards, embedding_axis):
-    target = randomize(Target(LLAMA))
-    loaded = load_target(write_meta_release(tmp_path, target, shards, embedding_axis))
-    assert loaded.config == target.config
-    assert same_weights(loaded, target)
+def test_meta_release_gives_back_the_weights(tmp_path, target, shards, embedding_axis):
+    assert same_model(load_target(write_meta_release(tmp_path, target, shards, embedding_axis)), target)
 
 
 @pytest.mark.parametrize("rope, theta, scaling", [
@@ -150,26 +152,24 @@ def test_meta_release_gives_back_the_weights(tmp_path, shards, embedding_axis):
                                           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
      5e5, (8.0, 1.0, 4.0, 8192)),
     ({"rope_parameters": {"rope_theta": 3e4, "rope_type": "default"}}, 3e4, None)])
-def test_rotary_settings_of_both_config_dialects(tmp_path, rope, theta, scaling):
-    config, tensors = hugging_face_release(randomize(Target(LLAMA)))
+def test_rotary_settings_of_both_config_dialects(tmp_path, target, rope, theta, scaling):
+    config, tensors = hugging_face_release(target)
     del config["rope_theta"], config["rope_scaling"]
-    target = load_target(write_release(tmp_path, config | rope, tensors))
-    assert (target.config.rope_theta, target.config.rope_scaling) == (theta, scaling)
-    torch.testing.assert_close(target.frequencies, rotary_frequencies(target.config))
+    loaded = load_target(write_release(tmp_path, config | rope, tensors))
+    assert (loaded.config.rope_theta, loaded.config.rope_scaling) == (theta, scaling)
+    torch.testing.assert_close(loaded.frequencies, rotary_frequencies(loaded.config))
 
 
-def test_bfloat16_leaves_the_rotary_frequencies_alone(tmp_path):
-    original = randomize(Target(LLAMA))
-    folder = write_release(tmp_path / "release", *hugging_face_release(original))
-    checkpoint.save_model(tmp_path / "target.pt", original)
-    for path in folder, tmp_path / "target.pt":
-        target = load_target(path, dtype=torch.bfloat16)
-        assert all(torch.equal(p, q.bfloat16()) for p, q in zip(target.parameters(), original.parameters()))
-        assert torch.equal(target.frequencies, rotary_frequencies(LLAMA))
+def test_bfloat16_leaves_the_rotary_frequencies_alone(tmp_path, target):
+    finish("target", target, tmp_path)
+    for path in write_release(tmp_path / "release", *hugging_face_release(target)), tmp_path / "target.pt":
+        loaded = load_target(path, dtype=torch.bfloat16)
+        assert all(torch.equal(p, q.bfloat16()) for p, q in zip(loaded.parameters(), target.parameters()))
+        assert torch.equal(loaded.frequencies, rotary_frequencies(LLAMA))
 
 
-def test_tensors_that_do_not_fit_are_named(tmp_path):
-    config, tensors = hugging_face_release(randomize(Target(LLAMA)))
+def test_tensors_that_do_not_fit_are_named(tmp_path, target):
+    config, tensors = hugging_face_release(target)
     name = "model.layers.1.mlp.up_proj.weight"
     without = {k: v for k, v in tensors.items() if k != name}
     assert f"missing: {name}" in error_of(load_target, write_release(tmp_path, config, without))
@@ -180,17 +180,15 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     assert "and 24 more" in error_of(load_target, write_release(tmp_path, config | {"num_hidden_layers": 6}, tensors))
 
 
-def test_damaged_and_foreign_files_give_one_line(tmp_path):
-    config, tensors = hugging_face_release(randomize(Target(LLAMA)))
+def test_damaged_and_foreign_files_give_one_line(tmp_path, target):
+    config, tensors = hugging_face_release(target)
     assert "no target at" in error_of(load_target, tmp_path / "nowhere")
     folder = write_release(tmp_path, config, tensors)
     weights = folder / "pytorch_model.bin"
     weights.write_bytes(weights.read_bytes()[:-500])
     assert "cut short" in error_of(load_target, folder)
-    torch.save({"step": 3, **tensors}, weights)
-    assert "more than tensors" in error_of(load_target, folder)
     weights.unlink()
-    assert "no weights" in error_of(load_target, folder)
+    assert "missing: model.embed_tokens.weight" in error_of(load_target, folder)
     write_release(folder, config, tensors, shards=3)
     (folder / "pytorch_model-00002-of-00003.bin").unlink()
     assert "00002-of-00003.bin is missing" in error_of(load_target, folder)
@@ -201,67 +199,44 @@ def test_damaged_and_foreign_files_give_one_line(tmp_path):
     assert "config.json is damaged" in error_of(load_target, folder)
 
 
-def test_own_checkpoints_say_what_they_are(tmp_path):
-    target = randomize(Target(LLAMA))
+def test_own_checkpoints_say_what_they_are(tmp_path, target):
     head = random_head(HEAD, target)
-    checkpoint.save_model(tmp_path / "target.pt", target)
-    checkpoint.save_model(tmp_path / "head.pt", head)
-    assert same_weights(load_target(tmp_path / "target.pt"), target)
-    assert same_weights(load_head(tmp_path / "head.pt", target), head)
+    finish("target", target, tmp_path)
+    finish("head", head, tmp_path)
+    assert same_model(load_target(tmp_path / "target.pt"), target)
+    assert same_model(load_head(tmp_path / "head.pt", target), head)
     assert "holds a head" in error_of(load_target, tmp_path / "head.pt")
     assert "holds a target" in error_of(load_head, tmp_path / "target.pt", target)
     (tmp_path / "cut.pt").write_bytes((tmp_path / "head.pt").read_bytes()[:-200])
     assert "cut short" in error_of(load_head, tmp_path / "cut.pt", target)
 
 
-def test_without_safetensors_the_error_names_the_package(tmp_path, monkeypatch):
-    folder = write_release(tmp_path, *hugging_face_release(randomize(Target(LLAMA))), safetensors=True)
+def test_without_safetensors_the_error_names_the_package(tmp_path, target, monkeypatch):
+    folder = write_release(tmp_path, *hugging_face_release(target), safetensors=True)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert "pip install safetensors" in error_of(load_target, folder)
 
 
 # Heads ----------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def trees(head, features, tokens):
-    n = features.shape[1]
-    hidden, keys, values = head(head.fuse(features), tokens, torch.arange(n)[None])
-    cache = head.new_cache(1, n)
-    cache.commit([keys], [values], torch.zeros(1, dtype=torch.long))
-    prefix = Prefix(cache, torch.tensor([n]))
-    return [draft_tree(head, hidden[:, -1], tokens[:, -1], prefix, shape, 0.7)
-            for shape in (TreeShape(4, 3, 12), TreeShape(1, 4, 4))]
-
-
-@pytest.mark.parametrize("safetensors", [False, True])
 @pytest.mark.parametrize("changes", [
     {}, {"draft_vocab_size": 40}, {"dim": 16, "head_dim": 4, "own_embedding": True},
     {"rope_theta": 5e5, "head_dim": 8}])
-def test_exported_head_drafts_identical_trees(tmp_path, changes, safetensors):
-    if safetensors:
-        pytest.importorskip("safetensors")
-    target = randomize(Target(LLAMA))
-    config = replace(HEAD, **changes)
-    head = random_head(config, target)
-    checkpoint.save_model(tmp_path / "head.pt", head)
-    export(tmp_path / "head.pt", tmp_path / "eagle", safetensors=safetensors)
-    assert not list((tmp_path / "eagle").glob("*.tmp"))
-    again = load_head(tmp_path / "eagle", target)
-    assert again.config == config
-    assert same_weights(again, head)
-    generator = torch.Generator().manual_seed(3)
-    features, tokens = torch.randn(1, 7, 72, generator=generator), torch.randint(40, (1, 7), generator=generator)
-    for one, other in zip(trees(head, features, tokens), trees(again, features, tokens)):
-        assert all(torch.equal(a, b) for a, b in zip(one, other))
+def test_exported_head_comes_back(tmp_path, target, changes):
+    head = random_head(replace(HEAD, **changes), target)
+    finish("head", head, tmp_path)
+    export.export(tmp_path / "head.pt", tmp_path / "eagle", torch.float32)
+    assert {file.name for file in (tmp_path / "eagle").iterdir()} == {"config.json", "pytorch_model.bin"}
+    assert same_model(load_head(tmp_path / "eagle", target), head)
 
 
 def test_export_writes_eagles_own_tensors(tmp_path):
     """In and out again, a head that EAGLE trained is its old self: names, shapes, d2t and t2d included."""
-    published = torch.load(ROOT / "tests/fixtures/goldens.pt", weights_only=True)["eagle"]
+    published = torch.load(FIXTURE, weights_only=True)["eagle"]
     target = Target(replace(LLAMA, vocab_size=512, dim=48, head_dim=12))
     head = load_head(write_release(tmp_path / "in", published["config"], published["weights"]), target)
-    checkpoint.save_model(tmp_path / "head.pt", head)
-    export(tmp_path / "head.pt", tmp_path / "out", torch.float16)
+    finish("head", head, tmp_path)
+    main(export, tmp_path / "head.pt", tmp_path / "out")
     written = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
     assert written.keys() == published["weights"].keys()
     for name, tensor in published["weights"].items():
@@ -272,27 +247,21 @@ def test_export_writes_eagles_own_tensors(tmp_path):
         assert config[key] == published["config"][key]
 
 
-def test_head_for_another_target_is_refused(tmp_path):
-    target = randomize(Target(LLAMA))
-    checkpoint.save_model(tmp_path / "head.pt", random_head(HEAD, target))
-    folder = export(tmp_path / "head.pt", tmp_path / "eagle").parent
+def test_head_for_another_target_is_refused(tmp_path, target):
+    folder = tmp_path / "eagle"
+    finish("head", random_head(HEAD, target), tmp_path)
+    export.export(tmp_path / "head.pt", folder, torch.float32)
     wide = Target(replace(LLAMA, dim=48))
     for path in folder, tmp_path / "head.pt":
         assert "another target" in error_of(load_head, path, wide)
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    torch.save(tensors | {"d2t": tensors["d2t"] + 30}, folder / "pytorch_model.bin")
-    assert "d2t points outside" in error_of(load_head, folder, target)
-    torch.save({k: v for k, v in tensors.items() if k != "d2t"}, folder / "pytorch_model.bin")
-    assert "needs a d2t" in error_of(load_head, folder, target)
-    torch.save({k: v for k, v in tensors.items() if k != "fc.weight"}, folder / "pytorch_model.bin")
-    assert "no EAGLE-3 head" in error_of(load_head, folder, target)
-    assert "cannot make the folder" in error_of(export, tmp_path / "head.pt", tmp_path / "head.pt")
+    for name, words in (("d2t", "needs fc.weight"), ("fc.weight", "no EAGLE-3 head"), ("norm.weight", "missing: norm")):
+        torch.save({k: v for k, v in tensors.items() if k != name}, folder / "pytorch_model.bin")
+        assert words in error_of(load_head, folder, target)
 
 
 @pytest.mark.parametrize("arguments, words", [(["no.pt", "out"], "no.pt"), (["--size", "3"], "--help")])
-def test_export_ends_with_one_line(tmp_path, arguments, words):
-    run = subprocess.run([sys.executable, "-m", "gto.export", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                         env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 2
-    assert run.stderr.count("\n") == 1 and words in run.stderr
+def test_export_ends_with_one_line(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in error_of(main, export, *arguments)
     assert not (tmp_path / "out").exists()

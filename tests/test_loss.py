@@ -4,12 +4,14 @@ import math
 import pytest
 import torch
 
-from gto import stages
 from gto.config import Config
 from gto.engine import Engine
-from gto.loss import advantages, debias, ratio, soft_labels, surrogate, token_loss
-from gto.rollout import grow, read, sample_groups, sequence_log_prob
+from gto.loss import (Batch, advantages, debias, gto_objective, keep_objective, learnt_positions, ratio, soft_labels,
+                      surrogate, token_loss, unroll_text)
+from gto.rollout import rollout_trees, sample_groups, sequence_log_prob, target_forward, tree_reward
+from gto.training import copy_of
 from gto.tree import TreeShape
+from tests.test_kernels import random_trees
 from tests.tiny import tiny_models
 
 CONFIG = Config(tree="3,3,8", groups=2, group_size=4, unroll=2)
@@ -17,14 +19,16 @@ CONFIG = Config(tree="3,3,8", groups=2, group_size=4, unroll=2)
 
 def text_of(target, rows=2, length=24, seed=0):
     tokens = torch.randint(target.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
-    return read(target, tokens)
+    return target_forward(target, tokens)
 
 
-def groups_of(text, config, seed=0):
-    """Roots and the weights of the groups, as in training."""
-    roots, real = sample_groups(text.supervised, config.groups, config.group_size, TreeShape.parse(config.tree).levels,
-                                torch.Generator().manual_seed(seed))
-    return roots, real / real.sum()
+def batch_of(config, target, head, reference, text):
+    """What an objective gets, as in training."""
+    roots, valid = sample_groups(text.supervised, config.groups, config.group_size, TreeShape.parse(config.tree).depth,
+                                 torch.Generator().manual_seed(0))
+    total = learnt_positions(text.supervised, config.unroll).sum((0, 1))
+    unrolled = unroll_text(config, head, text)
+    return Batch(config, target, head, reference, text, *unrolled, total, roots, valid / valid.sum())
 
 
 @pytest.mark.parametrize("draft_vocab", [7, 4])
@@ -48,7 +52,8 @@ def test_token_loss_equals_a_loop(draft_vocab):
     assert token_loss(log_q, labels, weight).item() == pytest.approx(total / norm, abs=1e-5)
     # Padding changes nothing, whatever stands in it.
     pad = lambda x, value: torch.cat([x, torch.full_like(x[:, :1], value)], dim=1)
-    assert token_loss(pad(log_q, -50.0), pad(labels, 9.0), pad(weight, 0.0)).item() == pytest.approx(total / norm, abs=1e-5)
+    padded = token_loss(pad(log_q, -50.0), pad(labels, 9.0), pad(weight, 0.0))
+    assert padded.item() == pytest.approx(total / norm, abs=1e-5)
 
 
 def test_group_equations_equal_loops():
@@ -78,26 +83,26 @@ def test_surrogate_stops_at_the_clip():
 
 def test_gradient_only_through_the_students_ratio():
     target, head = tiny_models(seed=3)
-    reference = stages.copy_of(head, target)
+    reference = copy_of(head, target)
     for p in reference.parameters():                               # a little away: far away, the clip stops everything
         p.data += 0.01 * torch.randn_like(p)
     text = text_of(target)
-    loss, figures = stages.group_loss(CONFIG, target, head, reference, text, *groups_of(text, CONFIG))
+    loss, metrics = gto_objective(batch_of(CONFIG, target, head, reference, text))
     loss.backward()
     assert sum(p.grad.abs().sum() for p in head.parameters() if p.grad is not None) > 0
     assert all(p.grad is None for p in (*reference.parameters(), *target.parameters()))
-    assert not figures["reward"].requires_grad and not figures["gain"].requires_grad
+    assert not metrics["reward"].requires_grad and not metrics["gain"].requires_grad
 
 
 def test_a_head_equal_to_its_reference_gets_no_gradient_from_debiased_rewards():
     """Then all debiased rewards are 0: GTO alone never starts, L_token must move the head first."""
     target, head = tiny_models(seed=3)
     text = text_of(target)
-    loss, _ = stages.group_loss(CONFIG, target, head, stages.copy_of(head, target), text, *groups_of(text, CONFIG))
+    loss, _ = gto_objective(batch_of(CONFIG, target, head, copy_of(head, target), text))
     loss.backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in head.parameters())
     biased = Config(**{**vars(CONFIG), "debias": False})
-    loss, _ = stages.group_loss(biased, target, head, stages.copy_of(head, target), text, *groups_of(text, CONFIG))
+    loss, _ = gto_objective(batch_of(biased, target, head, copy_of(head, target), text))
     loss.backward()
     assert sum(p.grad.abs().sum() for p in head.parameters() if p.grad is not None) > 0
 
@@ -108,7 +113,7 @@ def test_rollouts_draft_and_score_what_decoding_would():
     target, head = tiny_models(seed=5)
     text, shape = text_of(target, rows=2, length=20), TreeShape(3, 3, 10)
     roots = torch.tensor([[0, 4, 9], [2, 3, 15]])
-    trees = grow(target, head, text, roots, shape, 1.0, "lse", 1.0)
+    trees = rollout_trees(target, head, text, roots, shape)
     log_q = sequence_log_prob(head, text, roots, trees)
     seen = 0
     for b in range(2):
@@ -118,11 +123,11 @@ def test_rollouts_draft_and_score_what_decoding_would():
             engine.prefill([prefix])
             engine.emitted[0, 0] = text.tokens[b, roots[b, r] + 1]
             tree = engine.draft()
-            engine.check(tree)
-            n = int(engine.count)
+            engine.verify(tree)
+            n = int(engine.num_accepted)
             assert trees.length[b, r] == n
             accepted = engine.emitted[0, :n].tolist()
-            assert trees.accepted[b, r].tolist() == accepted + [0] * (shape.levels - n)
+            assert trees.accepted[b, r].tolist() == accepted + [0] * (shape.depth - n)
             scores = {tuple(tree.tokens[0, tree.mask[0, i]].tolist()[1:]): tree.scores[0, i].item() for i in range(11)}
             assert log_q[b, r].item() == pytest.approx(scores[tuple(accepted)], abs=1e-3)
             seen += n
@@ -134,10 +139,10 @@ def test_groups_are_adjacent_and_do_not_overlap():
     supervised[1, 30:60] = False
     supervised[2, 6:] = False                                      # no room for a group
     for seed in range(50):
-        roots, real = sample_groups(supervised, 6, 8, 5, torch.Generator().manual_seed(seed))
-        assert real.sum(1).tolist()[::2] == [6, 0] and real[1].sum() >= 4
+        roots, valid = sample_groups(supervised, 6, 8, 5, torch.Generator().manual_seed(seed))
+        assert valid.sum(1).tolist()[::2] == [6, 0] and valid[1].sum() >= 4
         for b in range(2):
-            slots = roots[b].view(6, 8)[real[b]]
+            slots = roots[b].view(6, 8)[valid[b]]
             assert (slots.diff(dim=1) == 1).all() and slots.flatten().unique().numel() == slots.numel()
             assert slots.min() >= 0 and slots.max() + 1 + 5 < 100
             assert supervised[b, slots + 1].all() and supervised[b, slots + 2].all()
@@ -150,8 +155,50 @@ def test_training_learns_what_it_is_told():
     optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
     losses = []
     for _ in range(60):
-        loss = token_loss(*stages.unroll_text(CONFIG, head, text))
+        loss = token_loss(*unroll_text(CONFIG, head, text))
         loss.backward(), optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
     floor = -(text.logits.softmax(-1) * text.logits.log_softmax(-1)).sum(-1).mean().item()   # the labels' own entropy
     assert losses[-1] - floor < 0.35 * (losses[0] - floor)
+
+
+def test_keep_objective_equals_a_loop():
+    """Chains of the target's own choices, each step weighed by how likely its path survives the re-ranking's cut."""
+    target, head = tiny_models(seed=7)
+    config = Config(**{**vars(CONFIG), "unroll": 3})
+    text = text_of(target, rows=2, length=16)
+    greedy = text.logits[:, :-1].argmax(-1)
+    text.tokens[:, 1:12] = greedy[:, :11]                          # not a consistent text: the loss reads both as given
+    batch = batch_of(config, target, head, None, text)
+    loss, _ = keep_objective(batch, threshold=-3.0, width=0.5, temperature=0.7)
+    expected, steps = 0.0, 0
+    for b in range(2):
+        for r in range(batch.log_q.shape[1]):
+            path = 0.0
+            for j in range(4):
+                if not batch.weight[b, r, j] or j and text.logits[b, r + j].argmax() != text.tokens[b, r + j + 1]:
+                    break
+                scores = (batch.log_q[b, r, j] / 0.7).log_softmax(-1)
+                path += scores[batch.labels[b, r, j].argmax()].item()
+                expected, steps = expected + 1 / (1 + math.exp(-(path + 3.0) / 0.5)), steps + 1
+    assert loss.item() == pytest.approx(-expected / batch.total[0].item(), abs=1e-4)
+    assert steps > batch.log_q.shape[1] * 3
+
+
+@pytest.mark.parametrize("B, N, eta", [(5, 9, 1.0), (2, 60, 0.3), (1, 130, 2.0), (2, 1, 1.0)])
+def test_tree_reward_equals_enumerated_paths(B, N, eta):
+    _, parents, mask = (x.cpu() for x in random_trees(B, N))
+    log_prob = -torch.rand(B, N) * 3
+    log_prob[:, 0] = 0
+    log_prob[:, N // 2 + 1:N // 2 + 2] = float("-inf")                 # a token the target rules out
+    P, L, paths = torch.ones(B, N, dtype=torch.float64), torch.zeros(B, N, dtype=torch.float64), []
+    for b, parent in enumerate(parents.tolist()):
+        for j in range(1, N):                                          # parents come first
+            P[b, j] = P[b, parent[j]] * math.exp(log_prob[b, j])
+            L[b, j] = L[b, parent[j]] + P[b, j]
+        paths.append(L[b, [j for j in range(N) if j not in parent[1:]]])
+    want = {"lse": [(eta * path).logsumexp(0) / eta for path in paths], "max": [path.max() for path in paths],
+            "mean": [path.mean() for path in paths], "expected": P[:, 1:].sum(-1)}
+    for aggregator, value in want.items():
+        for x, y in zip(tree_reward(log_prob, parents, mask, aggregator, eta), (P, L, torch.as_tensor(value))):
+            torch.testing.assert_close(x, y.float(), atol=1e-5, rtol=1e-5)

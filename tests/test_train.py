@@ -8,18 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from gto.muon import orthogonalize
-from gto.trainer import train
+import gto.training
+from gto.training import Stage, train
+from kernels.muon import orthogonalize
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--layers 2 --dim 32 --heads 2 --kv-heads 1 --head-dim 16 --ffn-dim 32 --head-ffn-dim 32 --length 64 --texts 64"
-        " --target-steps 30 --target-batch 8 --head-steps 12 --gto-steps 2 --seeds 1 --tree 3,3,8 --groups 4 --group-size 4"
+        " --target-steps 30 --target-batch 8 --head-steps 12 --gto-steps 2 --seeds 1 --tree 3,3,8 --groups 4"
+        " --group-size 4"
         " --eval-prompts 4 --eval-tokens 12 --vocab-size 320 --draft-vocab-size 200").split()
 
 
 def run(*arguments, cwd):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})  # exact: on the CPU
+
+
+# Runs a program as `python program ...` would, and fails if it imported one of the wings.
+WATCH_WINGS = """import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert not [m for m in sys.modules if m.startswith(("gto.ltd", "gto.bench", "gto.released"))]"""
 
 
 @pytest.mark.parametrize("rows, columns", [(5, 5), (12, 4), (3, 17)])
@@ -32,7 +41,7 @@ def test_muon_makes_updates_orthogonal(rows, columns):
     assert (orthogonalize(x) * (U @ V)).sum((1, 2)).min() > 0.8 * min(rows, columns), "towards the nearest such matrix"
 
 
-def training(out, stop_at=None):
+def run_of_ten(out, stop_at=None):
     """Ten steps of a small model, saved every third; with stop_at the machine 'dies' there."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
@@ -44,16 +53,17 @@ def training(out, stop_at=None):
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
         return model(x).square().mean(), {}
 
-    train("job", model, optimizers, loss_of, 10, out, warmup=3, every=3)
+    train(Stage("job", 10, 5), model, optimizers, loss_of, out, warmup=3)
     return model.state_dict()
 
 
-def test_resume_equals_an_uninterrupted_run(tmp_path):
-    expected = training(tmp_path / "a")
+def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gto.training, "SAVE_EVERY", 3)
+    expected = run_of_ten(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
-        training(tmp_path / "b", stop_at=8)
+        run_of_ten(tmp_path / "b", stop_at=8)
     assert (tmp_path / "b/job.partial.pt").exists()
-    found = training(tmp_path / "b")
+    found = run_of_ten(tmp_path / "b")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -64,7 +74,7 @@ def trained(tmp_path_factory):
     (folder / "words.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(3000)))
     prepared = run(ROOT / "prepare_data.py", "--input", "words.txt", "--out", "data/x", "--vocab-size", 320, cwd=folder)
     assert prepared.returncode == 0, prepared.stderr
-    result = run(ROOT / "train.py", *TINY, "--data", "data/x", "--out-dir", "out/x", cwd=folder)
+    result = run("-c", WATCH_WINGS, ROOT / "train.py", *TINY, "--data", "data/x", "--out-dir", "out/x", cwd=folder)
     assert result.returncode == 0, result.stderr[-2000:]
     return folder, result.stdout
 
@@ -72,15 +82,18 @@ def trained(tmp_path_factory):
 def test_one_run_from_nothing(trained):
     folder, printed = trained
     assert {p.name for p in (folder / "out/x").iterdir()} == {
-        "config.json", "log.jsonl", "target.pt", "text.pt", "draft.pt", "gto.pt", "control.pt", "table.md", "results.json"}
+        "config.json", "log.jsonl", "target.pt", "text.pt", "draft.pt", "gto.pt", "control.pt", "table.md",
+        "results.json", "tokenizer.model", "meta.json", "prompts.jsonl"}
     assert "Greedy output equal to plain greedy decoding: 4 of 4 texts" in printed
     results = json.loads((folder / "out/x/results.json").read_text())
-    assert set(results["methods"]) == {"ar", "draft", "control", "gto"}
-    for name, by_temperature in results["methods"].items():
-        for entry in by_temperature["T0"], by_temperature["T1"]:
-            assert 1 <= entry["tau"] <= 5 and entry["tokens_per_second"] > 0 and entry["speedup"] > 0
-            assert name == "ar" or 0 <= entry["prune_rate"] <= 1 and 0 <= entry["match_rate"] <= 1
-    assert all(results["train_seconds"][name] > 0 for name in ("target", "draft", "control", "gto"))
+    rows = {(row["T"], row["method"]): row for row in results["rows"]}
+    assert set(rows) == {(T, name) for T in "01" for name in ("ar", "draft", "control", "gto")}
+    for (_, name), row in rows.items():
+        assert 1 <= row["tau"] <= 5 and row["tokens/s"] > 0 and row["speed-up"] > 0
+        assert name == "ar" or row["path pruned"].endswith("%") and len(row["by seed"]) == 1
+    log = [json.loads(line) for line in (folder / "out/x/log.jsonl").read_text().splitlines()]
+    finished = {line["stage"]: line for line in log if line.get("finished")}
+    assert set(finished) == {"target", "draft", "control", "gto"}
     assert printed.strip().endswith((folder / "out/x/table.md").read_text().strip())
 
 
@@ -93,21 +106,31 @@ def test_finished_stages_are_not_run_again_and_numbers_must_not_change(trained):
     assert other.returncode == 2 and "omega" in other.stderr
 
 
-def test_an_interrupted_run_is_gone_on_with_only_when_asked(trained):
+def test_an_interrupted_run_goes_on(trained):
+    """What dies in the middle of phase I ends with the head of the uninterrupted run, bit for bit."""
     folder, _ = trained
     (folder / "out/z").mkdir(parents=True)
-    (folder / "out/z/draft.partial.pt").write_bytes(b"")
-    result = run(ROOT / "train.py", *TINY, "--data", "data/x", "--out-dir", "out/z", cwd=folder)
-    assert result.returncode == 2 and "--resume" in result.stderr and result.stderr.count("\n") == 1
+    for name in ("target.pt", "text.pt"):
+        (folder / "out/z" / name).write_bytes((folder / "out/x" / name).read_bytes())
+    dies = ("import sys, gto.training as t; sys.argv = sys.argv[1:]; t.SAVE_EVERY = 5; sample = t.sample_batch\n"
+            "def die(part, *a):\n    assert part < 8\n    return sample(part, *a)\n"
+            "t.sample_batch = die; import train; train.main()")
+    arguments = *TINY, "--data", "data/x", "--out-dir", "out/z", "--stage", "draft"
+    assert run("-c", dies, ROOT / "train.py", *arguments, cwd=folder).returncode == 1
+    assert (folder / "out/z/draft.partial.pt").exists() and not (folder / "out/z/draft.pt").exists()
+    assert run(ROOT / "train.py", *arguments, cwd=folder).returncode == 0
+    assert not (folder / "out/z/draft.partial.pt").exists()
+    found, expected = (torch.load(folder / f"out/{x}/draft.pt", weights_only=True)["model"] for x in "zx")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-DECODE = ["--out-dir", "out/x", "--tokenizer", "data/x"]
+DECODE = ["--out-dir", "out/x"]        # the run's folder carries its tokenizer
 
 
 def test_decode(trained):
     folder, _ = trained
-    result = run(ROOT / "decode.py", "--prompt", "def f", "--compare", "--max-new-tokens", 20, "--json", "--tree", "3,3,8",
-                 *DECODE, cwd=folder)
+    result = run("-c", WATCH_WINGS, ROOT / "decode.py", "--prompt", "def f", "--compare", "--max-new-tokens", 20,
+                 "--json", "--tree", "3,3,8", *DECODE, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def f") and "the same tokens" in result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
@@ -123,8 +146,8 @@ def test_decode(trained):
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_show_tree_draws_what_decoding_does(trained, temperature):
     folder, _ = trained
-    shown = run(ROOT / "decode.py", "--prompt", "def f", "--max-new-tokens", 8, "--tree", "3,3,8", "--show-tree", "--json",
-                "--temperature", temperature, *DECODE, cwd=folder)
+    shown = run(ROOT / "decode.py", "--prompt", "def f", "--max-new-tokens", 8, "--tree", "3,3,8", "--show-tree",
+                "--json", "--temperature", temperature, *DECODE, cwd=folder)
     assert shown.returncode == 0, shown.stderr
     nodes = [line for line in shown.stdout.splitlines() if "─ " in line]
     assert sum("pruned" not in line for line in nodes) == 8
@@ -137,15 +160,18 @@ def test_show_tree_draws_what_decoding_does(trained, temperature):
 @pytest.mark.parametrize("arguments, message", [
     (["decode.py", "--prompt", "", *DECODE], "prompt is empty"),
     (["decode.py", "--prompt", "x " * 500, *DECODE], "tokens, the context holds"),
-    (["decode.py", "--prompt", "x", "--tree", "2,2,99", *DECODE], "99 nodes"),
+    (["decode.py", "--prompt", "x", "--tree", "2,2,99", *DECODE], "tree 2,2,99"),
     (["decode.py", "--prompt", "x", "--top-p", "7", *DECODE], "top_p"),
     (["decode.py", "--prompt", "x", "--nonsense"], "--nonsense"),
     (["decode.py", "--prompt", "x", "--target", "missing.pt"], "missing.pt does not exist"),
     (["decode.py", "--prompt", "x", "--target", "cut.pt"], "cut.pt is not a checkpoint"),
     (["decode.py", "--prompt", "x", "--target", "out/x/draft.pt"], "holds a head"),
-    (["train.py", "--preset", "huge"], "no preset 'huge'"),
+    (["train.py", "--preset", "huge"], "invalid choice: 'huge'"),
+    (["train.py", "--layers", "0", "--out-dir", "out/y"], "--layers 0: must be"),
+    (["train.py", "--omega", "nan", "--out-dir", "out/y"], "--omega nan"),
+    (["train.py", "--device", "tpu", "--out-dir", "out/y"], "--device tpu"),
     (["train.py", "--nonsense", "1"], "--nonsense"),
-    (["train.py", "--tree", "1,1,5", "--out-dir", "out/y", "--data", "data/x"], "5 nodes"),
+    (["train.py", "--tree", "1,1,5", "--out-dir", "out/y", "--data", "data/x"], "tree 1,1,5"),
     (["train.py", "--data", "empty", "--out-dir", "out/y"], "empty holds no prepared data"),
     (["train.py", "--data", "note", "--out-dir", "out/y"], "note holds no prepared data"),
 ])

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from gto.engine import Engine
-from gto.errors import UserError
 from gto.tree import TreeShape, ancestor_mask, rerank
+from gto.util import UserError
 from tests.tiny import tiny_models, tiny_prompts
 
 SHAPES = [TreeShape(1, 4, 4), TreeShape(3, 1, 2), TreeShape(2, 4, 9), TreeShape(4, 3, 20), TreeShape(4, 3, 36)]
@@ -12,21 +12,21 @@ SHAPES = [TreeShape(1, 4, 4), TreeShape(3, 1, 2), TreeShape(2, 4, 9), TreeShape(
 
 def brute_force(head, features, tokens, shape, temperature):
     """GTO.md's policy G with lists and dicts. Paths are scored by `head.unroll`, which shares no attention code with
-    drafting. features [T, 3 * dim] and tokens [T + 1] of the true slots. Returns {path: score} of the kept nodes."""
+    drafting. features [T, 3 * dim] and tokens [T] end with the root. Returns {path: score} of the kept nodes."""
     def log_probs(path):                                           # of the token after this drafted path
         chains = torch.tensor([[list(path)]], dtype=torch.long).view(1, 1, -1)
-        hidden = head.unroll(features[None], tokens[None, 1:], torch.tensor([[len(features) - 1]]), chains)
+        hidden = head.unroll(features[None], tokens[None], torch.tensor([[len(tokens) - 2]]), chains)
         return torch.log_softmax(head.logits(hidden[0, 0, -1]) / temperature, -1)
 
     frontier, candidates = {(): 0.0}, {}
-    for _ in range(shape.levels):
+    for _ in range(shape.depth):
         children = {}
         for path, score in frontier.items():
-            top = log_probs(path).topk(shape.branch)
+            top = log_probs(path).topk(shape.top_k)
             for value, index in zip(top.values.tolist(), top.indices.tolist()):
                 children[path + (head.token_ids[index].item(),)] = score + value
         candidates |= children
-        frontier = dict(sorted(children.items(), key=lambda item: -item[1])[:shape.branch])
+        frontier = dict(sorted(children.items(), key=lambda item: -item[1])[:shape.top_k])
     return dict(sorted(candidates.items(), key=lambda item: -item[1])[:shape.nodes])
 
 
@@ -49,8 +49,9 @@ def test_tree_equals_brute_force(shape, draft_vocab, temperature):
     roots = engine.prefill(prompts)
     tree = engine.draft()                                          # three prefixes of different lengths at once
     for b, prompt in enumerate(prompts):
-        _, features, _, _ = target(torch.tensor([prompt]))
-        expected = brute_force(head, features[0], torch.tensor(prompt + roots[b:b + 1]), shape, temperature)
+        tokens = torch.tensor(prompt + roots[b:b + 1])
+        _, features, _, _ = target(tokens[None])
+        expected = brute_force(head, features[0], tokens, shape, temperature)
         found = paths_of(tree, b)
         assert found.keys() == expected.keys()
         assert all(abs(found[path] - expected[path]) < 1e-3 for path in found)
@@ -71,14 +72,14 @@ def test_tree_is_consistent():
 
 def test_ancestor_mask_equals_a_walk():
     torch.manual_seed(0)
-    for levels in (1, 2, 3, 7, 12):
-        n = 2 * levels + 3
+    for most in (1, 2, 3, 7, 12):
+        n = 2 * most + 3
         parents, depth = torch.zeros(1, n, dtype=torch.long), [0]
         for i in range(1, n):
-            allowed = [j for j in range(i) if depth[j] < levels]
-            parents[0, i] = allowed[-1] if i <= levels else allowed[int(torch.randint(len(allowed), ()))]
+            allowed = [j for j in range(i) if depth[j] < most]
+            parents[0, i] = allowed[-1] if i <= most else allowed[int(torch.randint(len(allowed), ()))]
             depth.append(depth[parents[0, i]] + 1)
-        mask = ancestor_mask(parents, levels)[0]
+        mask = ancestor_mask(parents, most)[0]
         for i in range(n):
             walk, j = {i}, i
             while j:

@@ -7,11 +7,47 @@ import pytest
 import torch
 
 from gto.engine import Engine
-from gto.errors import UserError
-from gto.tree import TreeShape
-from gto.verify import Sampling, warp
-from kernels.acceptance import accept
+from gto.tree import Tree, TreeShape
+from gto.util import UserError
+from gto.verify import Sampling, accept, warp
+from tests.test_kernels import random_trees
 from tests.tiny import tiny_models
+
+
+def walk(tokens, parents, choice, width):
+    """Verification as it is usually written: from the root, step by step, one tree at a time."""
+    node, path = 0, [0]
+    while True:
+        children = [j for j in range(1, len(tokens)) if parents[j] == node and tokens[j] == choice[node]]
+        if not children:
+            return path + [0] * (width - len(path)), len(path) - 1, choice[node]
+        node = children[0]
+        path.append(node)
+
+
+def tree_of(tokens, parents, mask):
+    return Tree(tokens, parents, mask, mask.sum(-1) - 1, None)
+
+
+@pytest.mark.parametrize("trees, N", [(2000, 12), (3, 60), (1, 130), (2, 1)])
+def test_accept_equals_the_walk(trees, N):
+    tokens, parents, mask = (x.cpu() for x in random_trees(trees, N, alphabet=3))
+    choice = torch.randint(3, (trees, N))
+    got = accept(tree_of(tokens, parents, mask), choice, N)
+    want = [walk(*row, N) for row in zip(tokens.tolist(), parents.tolist(), choice.tolist())]
+    assert [x.tolist() for x in got] == [list(x) for x in zip(*want)]
+    assert N == 1 or (got[1] > 0).any() and (got[1] < N - 1).any()
+
+
+def test_accept_nothing_and_everything():
+    N = 7
+    tokens = torch.arange(N).repeat(2, 1)
+    parents = (tokens - 1).clamp(min=0)                                # a chain
+    mask = torch.ones(2, N, N, dtype=torch.bool).tril()
+    choice = torch.stack([tokens[0] + 1, tokens[0] + 2])               # the next token, never the next token
+    path, count, next_token = accept(tree_of(tokens, parents, mask), choice, N)
+    assert path.tolist() == [list(range(N)), [0] * N]
+    assert count.tolist() == [N - 1, 0] and next_token.tolist() == [N, 2]
 
 
 def test_exact_distribution_by_enumeration():
@@ -23,7 +59,7 @@ def test_exact_distribution_by_enumeration():
     p = torch.rand(4, 3, dtype=torch.float64).softmax(-1)          # the target's distribution after each node
     found = Counter()
     for draws in itertools.product(range(3), repeat=4):
-        path, count, bonus = accept(tokens, parents, mask, torch.tensor([draws]), 3)
+        path, count, bonus = accept(tree_of(tokens, parents, mask), torch.tensor([draws]), 3)
         emitted = tuple(tokens[0, path[0, 1:count[0] + 1]].tolist()) + (bonus.item(),)
         found[emitted] += math.prod(p[node, draw].item() for node, draw in enumerate(draws))
     node_of = {(): 0, (0,): 1, (2,): 2, (0, 1): 3}                 # where the tree has looked ahead

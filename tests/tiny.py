@@ -19,4 +19,5 @@ def tiny_models(seed=0, vocab=29, draft_vocab=None, layers=3, spread=0.4):
 
 def tiny_prompts(count, vocab=29, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in torch.randint(1, 20, (count,), generator=generator)]
+    lengths = torch.randint(1, 20, (count,), generator=generator)
+    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]

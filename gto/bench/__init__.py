@@ -1,0 +1,1 @@
+"""Measuring what a run's own table does not say: speed by tree, ablations, ceilings, distance to the hardware."""

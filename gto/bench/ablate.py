@@ -1,0 +1,165 @@
+"""The paper's ablations in miniature, from one phase-I head: what does training for the tree bring, and why?
+
+    python -m gto.bench.ablate                          the head in out, everything
+    python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
+    python -m gto.bench.ablate --only objectives --tree 8,8,32 --steps 20 --name deep
+
+Every run continues the same phase-I head: GTO for `steps` steps, what drafts no trees for as long as that took. A
+finished run is a line of results.jsonl in out/<name> and is not run again; table.md shows what is there so far. All
+heads draft along the same texts, each with the score temperature that is best for it on other held-out prompts.
+"""
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from gto import checkpoint
+from gto.bench.ceilings import ceilings
+from gto.data import PROMPT, read_prompts
+from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
+from gto.loss import OBJECTIVES
+from gto.tokenizer import load_encoding
+from gto.training import Stage, Texts, copy_of, train_head
+from gto.tree import TreeShape
+from gto.util import append_log, argument_parser, main_guard, start, table, write_text
+
+TRIAL = 20    # steps that measure a recipe's pace
+SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
+KEEP = {"objective": "keep", "omega": 3.0}
+
+# {table: {run: what differs from out/config.json}}. A control continues phase I: the token-level loss alone.
+TABLES = {
+    "ceilings": {},
+    "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
+                   "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
+    "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
+    "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
+    "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}},
+}
+RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
+
+
+def parse_arguments(argv):
+    parser = argument_parser("python -m gto.bench.ablate", __doc__)
+    parser.add_argument("--out-dir", default="out", help="what train.py --stage draft left (default: %(default)s)")
+    parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
+                        help="tables and runs: %(choices)s")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of a run of GTO; default: the config's")
+    parser.add_argument("--tree", help="children,depth,nodes of training and evaluation; default: the config's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+class Ablation:
+    """A phase-I head, the texts along which all heads are compared, and the folder of the results."""
+
+    def __init__(self, arguments):
+        """UserError if the results' folder was begun with other steps or another tree."""
+        start(arguments.device)
+        out, dtype = Path(arguments.out_dir), None if arguments.device == "cpu" else torch.bfloat16
+        config, self.folder = checkpoint.load_config(out), out / arguments.name
+        self.config = config = replace(config, tree=arguments.tree or config.tree, objective="gto",
+                                       gto_steps=arguments.steps or config.gto_steps)
+        self.shape = TreeShape.parse(config.tree)
+        self.target = checkpoint.load_target(out / "target.pt", arguments.device, dtype)
+        self.head = checkpoint.load_head(out / "draft.pt", self.target)
+        texts = checkpoint.read(out / "text.pt", "text")
+        self.texts = Texts(texts["tokens"], texts["supervised"])
+        checkpoint.remember_config(self.folder, config)
+
+        encoding, held_out = load_encoding(out), read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
+        prompts = [encoding.encode_ordinary(turns[0])[:PROMPT] for turns in held_out]
+        others, prompts = prompts[::3], [prompt for i, prompt in enumerate(prompts) if i % 3]
+        self.test = {T: fixed_text(self.target, prompts, config.eval_tokens, T, self.shape.depth) for T in SCORE_TEMPS}
+        self.tune = {T: fixed_text(self.target, others, config.eval_tokens // 2, T, self.shape.depth, seed=1)
+                     for T in SCORE_TEMPS}                        # to choose score temperatures on
+
+    def train(self, name, seed):
+        """Continue the phase-I head by a recipe, and record the outcome."""
+        config = replace(self.config, **RECIPES[name])
+        objective = None if name.startswith("control") else OBJECTIVES[config.objective]
+
+        def run(stage):
+            head = copy_of(self.head, self.target)
+            return head, train_head(stage, config, self.target, head, self.texts, self.folder, objective, self.head)
+
+        stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
+        if objective is not OBJECTIVES["gto"]:    # its trees are dear: others take more sequences a step, more steps
+            stage = stage._replace(batch=config.head_batch)
+            _, seconds = run(stage._replace(name="trial", steps=TRIAL))
+            steps = read_results(self.folder)["gto"][seed]["seconds"] / seconds * TRIAL
+            stage = stage._replace(steps=max(1, round(steps)))
+        head, seconds = run(stage)
+        self.record(head, run=name, seed=seed, steps=stage.steps, seconds=seconds)
+
+    def record(self, head, **record):
+        """Append to results.jsonl, with {"T=0": {"score_temp": the head's best, "tau": [by prompt]}, "T=1": ..}."""
+        for T, temperatures in SCORE_TEMPS.items():
+            best = best_score_temp(head, self.tune[T], self.shape, temperatures)
+            record[f"T={T:g}"] = {"score_temp": best, "tau": tau(head, self.test[T], self.shape, best).tolist()}
+            if head is self.head:                                 # dear: on the fewer and shorter texts
+                record[f"T={T:g}"]["ceilings"] = ceilings(self.target, head, self.tune[T], self.shape, best, T)
+        append_log(self.folder / "results.jsonl", **record)
+        self.write_tables()
+
+    def write_tables(self):
+        """All that the finished runs allow, in table.md."""
+        results, rows = read_results(self.folder), []
+        for name, runs in results.items():
+            rows.append({"run": name, "seeds": len(runs), "steps": mean(run["steps"] for run in runs),
+                         "seconds": f"{mean(run['seconds'] for run in runs):.0f}"})
+            for T in ("T=0", "T=1"):
+                rows[-1] |= {f"tau, {T}": mean(mean(run[T]["tau"]) for run in runs),
+                             f"over control, {T}": over_control(results, name, T)}
+        limits = [results["draft"][0][T]["ceilings"] for T in ("T=0", "T=1")]
+        text = ("The phase-I head's tau and what it could be at most, on the prompts that choose score temperatures; by"
+                " rank among a draft's candidates what their scores promise / what is accepted.\n\n"
+                f"{table(limits)}\n\ntau with tree {self.shape}; differences paired by prompt and seed, ± standard"
+                f" error over both.\n\n{table(rows)}\n")
+        write_text(self.folder / "table.md", text)
+
+
+def read_results(folder):
+    """{run: [a record per finished seed, in order]}; "draft" is the phase-I head."""
+    results = {}
+    for record in map(json.loads, (folder / "results.jsonl").read_text().splitlines()):
+        results.setdefault(record["run"], []).append(record)
+    return results
+
+
+def over_control(results, name, T):
+    """'+0.031 ± 0.020': tau less control's, paired by prompt and seed. '' if there is none to compare with.
+
+    The standard errors over prompts and over seeds are added as if independent, which is rather too wide."""
+    pairs = list(zip(results[name], results.get("control", ())))
+    if name == "control" or not pairs:
+        return ""
+    gains = torch.tensor([a[T]["tau"] for a, _ in pairs]) - torch.tensor([b[T]["tau"] for _, b in pairs])
+    samples = (gains.mean(0), gains.mean(1)) if len(gains) > 1 else gains             # of [seeds, prompts]
+    return f"{gains.mean():+.3f} ± {sum(each.var() / len(each) for each in samples) ** 0.5:.3f}"
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    torch.set_float32_matmul_precision("high")
+    ablation = Ablation(arguments)
+    if not (ablation.folder / "results.jsonl").exists():
+        ablation.record(ablation.head, run="draft", steps=0, seconds=0.0)
+    # A table's name stands for its runs; gto, which sets the time, and control are always run. Seed by seed: wherever
+    # it stops, what is there can be compared.
+    names = {name for item in arguments.only for name in TABLES.get(item, [item])}
+    names |= {"gto", "control"} if names else set()
+    results = read_results(ablation.folder)
+    for seed in range(arguments.seeds):
+        for name in RECIPES:
+            if name in names and seed >= len(results.get(name, ())):
+                ablation.train(name, seed)
+    print((ablation.folder / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,118 @@
+"""Decode once, replay every decision: what any choice of depth and size would have brought and cost.
+
+At T=0 a text and all draft trees along it are deterministic. So the deepest draft is made at *every* position of the
+target's greedy continuation, once, and what the target accepts of it is written down for every depth and size: a
+replayed cycle may then start wherever the one before ended. In these tables a level is an index: level 0 is the first.
+"""
+import itertools
+import time
+from collections import defaultdict
+from functools import partial
+from statistics import median
+from timeit import repeat
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from gto.evaluate import accepted_length, fixed_text
+from gto.ltd.engine import AdaptiveEngine
+from gto.ltd.policy import Fixed, observe
+from gto.model import Prefix
+from gto.tree import TreeShape, candidates, expand, first_level, rerank, score_temperature
+from gto.util import synchronize
+
+
+class Recording(NamedTuple):
+    positions: int              # roots in a text; R of them in all texts, text by text
+    observation: torch.Tensor   # [R, levels, width] what a policy sees after each level
+    accepted: torch.Tensor      # [R, levels, sizes] accepted drafts, had one stopped there and verified so many
+
+
+@torch.no_grad()
+def record(target, head, prompts, positions, space):
+    """Draft behind the first `positions` tokens of each prompt's greedy continuation. -> Recording, on the CPU."""
+    fixed, texts = fixed_text(target, prompts, positions, 0.0, space.depth), []
+    hidden, kv = head.read(fixed.text.features, fixed.text.tokens)                    # [texts, T, dim]
+    temperature, steps = score_temperature(0.0), torch.arange(positions, device=hidden.device)
+    for text, start in enumerate(tqdm(fixed.start, desc="record", leave=False)):
+        rows, length = torch.full_like(steps, text), start + steps                    # [n], [n] tokens before each root
+        root, prefix = fixed.text.tokens[rows, length], Prefix(kv, length, rows)
+        draft, observation, accepted = first_level(head, hidden[rows, length - 1], space.top_k, temperature), [], []
+        for depth in range(1, space.depth + 1):
+            draft = expand(head, draft, prefix, temperature) if depth > 1 else draft
+            observation.append(observe(draft.scores, length, space))                  # [n, width]
+            for nodes in (space.nodes(depth, size) for size in range(len(space.sizes))):
+                tree = rerank(root, *candidates(draft), TreeShape(space.top_k, depth, max(nodes, 1)))
+                accepted.append(accepted_length(fixed, rows, length, tree) * (nodes > 0))   # [n]
+        texts.append((torch.stack(observation, dim=1), torch.stack(accepted, dim=1).unflatten(1, (space.depth, -1))))
+    return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
+
+
+@torch.inference_mode()                                                               # as in decoding
+def measure(target, head, policy, prompts, new_tokens):
+    """Time every part of a cycle while decoding with drafts of full depth, a prompt for each size in turn.
+
+    Returns the seconds of a cycle by depth and size, twice [levels, sizes], added up from medians: with a fixed tree,
+    and with `policy`, which has to look and to answer. A size that a draft cannot fill is charged as if it could."""
+    engine, space, times = AdaptiveEngine(target, head, policy), policy.space, defaultdict(list)
+
+    def timed(key, part, run=engine.run):
+        synchronize(engine.device)
+        began = time.perf_counter()
+        result = run(key, part)
+        synchronize(engine.device)
+        times[key].append(time.perf_counter() - began)
+        return result
+
+    engine.run = timed
+    for size, prompt in zip(itertools.cycle(range(len(space.sizes))), prompts):
+        engine.policy = Fixed(space, space.depth, size)
+        engine.complete([prompt], new_tokens)
+    took, depths = {key: median(seconds) for key, seconds in times.items()}, range(1, space.depth + 1)
+    draft, look = (torch.tensor([took[part, depth] for depth in depths]).cumsum(0) for part in ("draft", "observe"))
+    verify = torch.tensor([took["verify", space.depth, nodes] for nodes in space.sizes])
+    seen = torch.rand(1, policy.width)
+    stop, size = (median(repeat(partial(ask, seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
+    return draft[:, None] + verify, (draft + look + stop * torch.tensor(depths) + size)[:, None] + verify
+
+
+@torch.no_grad()
+def decide(policy, recording):
+    """What a policy does at every root: the level [R] where it stops, and the size [R], an index."""
+    stop = policy.stop(recording.observation)                                         # [R, levels]
+    stop[:, -1] = True                                                                # there nobody asks
+    level = stop.int().argmax(1)                                                      # the first yes
+    return level, policy.size(recording.observation).gather(1, level[:, None]).squeeze(1)
+
+
+def replay(recording, costs, level, size):
+    """Decode all texts by these decisions [R] each. -> tokens a second, tau, the roots where cycles begin."""
+    roots, emitted = [], (recording.accepted[torch.arange(len(level)), level, size] + 1).tolist()
+    for text in range(0, len(emitted), recording.positions):
+        root = text
+        while root < text + recording.positions:
+            roots.append(root)
+            root += emitted[root]
+    tokens, seconds = sum(emitted[root] for root in roots), costs[level, size][roots].sum().item()
+    return tokens / seconds, tokens / len(roots), roots
+
+
+def best_fixed(recording, costs, space):
+    """Grid search; a tree without nodes is not drafted at all. -> Fixed, tokens a second."""
+    grid = [Fixed(space, depth, size) for depth in range(1, space.depth + 1)
+            for size, nodes in enumerate(space.sizes) if nodes]
+    rates = [replay(recording, costs, *decide(policy, recording))[0] for policy in grid]
+    return grid[rates.index(max(rates))], max(rates)
+
+
+def oracle(recording, costs):
+    """The fastest possible decisions if one knew what will be accepted: level, size [R]. By going backwards: the least
+    time from here on is the least, over all decisions, of the cycle's time and the least time from where it ends."""
+    n, (R, _, sizes) = recording.positions, recording.accepted.shape
+    step = recording.accepted.view(R // n, n, -1) + 1                                 # [texts, n, choices]
+    left, choice = torch.zeros(R // n, n + 1), torch.zeros(R // n, n, dtype=torch.long)
+    for root in reversed(range(n)):
+        total = costs.flatten() + left.gather(1, (root + step[:, root]).clamp(max=n))
+        left[:, root], choice[:, root] = total.min(1)
+    return choice.flatten() // sizes, choice.flatten() % sizes

@@ -1,0 +1,73 @@
+"""Several processes, started by torchrun, one on each GPU (a rank).
+
+Training is data parallel: every rank computes the gradient of its own rows of the batch, and all take the same step
+with the average. A frozen target that is too large for one GPU is "gathered" layer by layer (FSDP2), because the ranks
+read different texts. In decoding they work on the same tokens: there the target is "split" (tensor parallel), so that
+each reads only 1/N of the weights. What is written and printed, rank 0 writes and prints.
+"""
+import atexit
+import os
+import sys
+from dataclasses import replace
+
+import torch
+from torch import distributed
+
+from gto.model import Target
+from gto.util import UserError, rank, ranks
+
+
+def start(device):
+    """Join the other processes that torchrun started, each on a GPU of its own."""
+    # Now, because its default arguments are the group there is at import. They would keep it alive, and gloo's threads
+    # with it, till after the interpreter, which aborts if one of them is still busy.
+    import torch.distributed.nn.functional  # noqa: F401
+    if device == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                          # from here on "cuda" is this one
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    atexit.register(distributed.destroy_process_group)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(target):
+    """Leave on each rank 1/N of the layers (FSDP2) of a target on the meta device; a layer's weights are gathered when
+    it runs, then dropped. Embedding, output and norms stay whole, the head uses them too. All ranks must run the target
+    equally often."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard                                    # slow to import, rarely needed
+    mesh = init_device_mesh("cuda" if distributed.get_backend() == "nccl" else "cpu", (ranks(),))
+    target.requires_grad_(False)
+    for block in target.blocks:
+        fully_shard(block.attn, mesh=mesh), fully_shard(block.ffn, mesh=mesh)
+    fully_shard(target, mesh=mesh, ignored_params={p for p in target.parameters() if not hasattr(p, "device_mesh")})
+
+
+def tensor_parallel(target):
+    """One rank's share of a target on the meta device: 1/N of the heads and of the feed-forward width. The ranks add up
+    what their shares of a layer put out, so that each goes on with the same sum."""
+    widths = {name: getattr(target.config, name) for name in ("heads", "kv_heads", "ffn_dim")}
+    if any(width % ranks() for width in widths.values()):
+        raise UserError(f"{widths} cannot be divided among {ranks()} processes: choose another --nproc_per_node")
+    with torch.device("meta"):
+        share = Target(replace(target.config, **{name: width // ranks() for name, width in widths.items()}))
+    for block in share.blocks:
+        for layer in block.attn.out, block.ffn.down:
+            layer.register_forward_hook(lambda layer, inputs, output: distributed.all_reduce(output))   # in place
+    return share
+
+
+def shard(name, whole, parameter, config):
+    """What this rank keeps of the target's weight `name`, to stand for `parameter`; config: the whole target's."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)   # no message
+    if parameter.shape == whole.shape:
+        return whole
+    if name.endswith(("out.weight", "down.weight")):                                  # its inputs are split
+        return whole.chunk(ranks(), dim=1)[rank()].contiguous()
+    H, G, D = config.heads, config.kv_heads, config.head_dim
+    parts = whole.split([H * D, G * D, G * D]) if name.endswith("qkv.weight") else whole.chunk(2)
+    return torch.cat([part.chunk(ranks())[rank()] for part in parts])

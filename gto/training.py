@@ -1,0 +1,200 @@
+"""The trainings: the target, the text it writes, the draft head (phase I), and what goes on from it (phase II)."""
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from gto.checkpoint import finish, read, save
+from gto.engine import Engine
+from gto.head import DraftHead, HeadConfig
+from gto.loss import Batch, learnt_positions, token_loss, unroll_text
+from gto.model import ModelConfig, Target, small_normal
+from gto.rollout import sample_groups, target_forward
+from gto.tree import TreeShape
+from gto.util import append_log, average, rank, ranks
+from gto.verify import Sampling
+from kernels.muon import Muon
+
+SAVE_EVERY = 200    # steps
+
+
+class Texts(NamedTuple):
+    """What heads are trained on."""
+    tokens: torch.Tensor        # [n, T]
+    supervised: torch.Tensor    # [n, T] bool: tokens to learn
+
+
+class Stage(NamedTuple):
+    """One training."""
+    name: str            # of its progress bar, log lines and checkpoint
+    steps: int
+    batch: int           # sequences at a time, of which a step takes config.accumulate on every rank of a torchrun
+    rate: float = 1.0    # learning rates relative to phase I's
+    seed: int = 0        # every step draws its texts and groups from it
+
+
+def train_target(config, corpus, out, device):
+    """A target from scratch, saved as out/target.pt: next-token cross-entropy. On CUDA in bf16, compiled. -> Target."""
+    torch.manual_seed(config.seed)
+    shape = {name: getattr(config, name) for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim")}
+    target = Target(ModelConfig(corpus.vocab_size, **shape, max_len=4 * config.length)).init_weights().to(device)
+    on_gpu = torch.device(device).type == "cuda"
+    forward = torch.compile(target) if on_gpu else target
+
+    def loss_of(step):
+        batch = corpus.batch("train", step, config.target_batch * ranks(), config.length, config.seed)
+        batch = batch[rank()::ranks()].to(device)                                     # [B, T+1]
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=on_gpu):
+            hidden, *_ = forward(batch[:, :-1], keep_kv=False)
+            return F.cross_entropy(target.logits(hidden).flatten(0, 1).float(), batch[:, 1:].flatten()), {}
+
+    seconds = train(Stage("target", config.target_steps, config.target_batch), target,
+                    optimizers_for(target, config.muon_lr, config.adam_lr), loss_of, out)
+    finish("target", target, out, seconds=seconds)
+    return target.requires_grad_(False)
+
+
+def write_texts(config, target, corpus):
+    """Texts that the target continues from the corpus; every other batch is greedy. A head meets the target's own text
+    when it decodes: trained on that, it drafts much better at T=0."""
+    torch.manual_seed(config.seed)
+    texts, batch = [], min(config.text_batch, max(config.texts // 2, 1))
+    for step in tqdm(range(config.texts // batch), desc="text", unit="batch", disable=rank() > 0):
+        prompts = corpus.batch("train", step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
+        engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)
+        texts.append(torch.tensor(engine.complete(prompts, config.length - config.prompt_length)))
+    tokens = torch.cat(texts)
+    return Texts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def new_head(config, target, texts):
+    """A fresh head for this target; its draft vocabulary is the texts' most frequent tokens to learn, ids ascending."""
+    torch.manual_seed(config.seed)
+    t = target.config
+    head = small_normal(DraftHead(HeadConfig(
+        t.vocab_size, 1, t.dim, t.heads, t.kv_heads, t.head_dim, config.head_ffn_dim or t.ffn_dim, t.max_len,
+        t.norm_eps, draft_vocab_size=min(config.draft_vocab_size, t.vocab_size), target_dim=t.dim), target))
+    frequency = torch.bincount(texts.tokens[texts.supervised], minlength=t.vocab_size)
+    head.token_ids.copy_(frequency.argsort(descending=True, stable=True)[:len(head.token_ids)].sort().values)
+    return head.to(target.norm.weight.device)
+
+
+def copy_of(head, target):
+    """A head to go on training from."""
+    student = DraftHead(head.config, target).to(target.norm.weight.device)
+    student.load_state_dict(head.state_dict())
+    return student
+
+
+def train_head(stage, config, target, head, texts, out, objective=None, reference=None):
+    """Train `head` token by token and save it; with an objective of gto.loss, phase II: L = L_token + omega *
+    L_objective, with a frozen reference head for the objective to compare with. Returns the seconds it took."""
+    if head.config.own_embedding:
+        head.embed.requires_grad_(False)                                              # as a lent one
+
+    def loss_of(part):
+        batch = sample_batch(part, stage, config, target, head, reference, texts)
+        loss = token_loss(batch.log_q, batch.labels, batch.weight, batch.total)
+        if objective is None:
+            return loss, {}
+        extra, metrics = objective(batch)
+        return loss + config.omega * extra, {"token_loss": loss, "objective": extra, **metrics}
+
+    optimizers = optimizers_for(head, stage.rate * config.head_muon_lr, stage.rate * config.head_lr)
+    seconds = train(stage, head, optimizers, loss_of, out, min(config.warmup, stage.steps // 5), config.clip,
+                    config.accumulate)
+    finish(stage.name, head, out, seconds=seconds)
+    return seconds
+
+
+def sample_batch(part, stage, config, target, head, reference, texts):
+    """One part of a step: texts drawn for this rank, run through target and head. -> gto.loss.Batch.
+
+    All ranks draw the whole step's texts and groups and count what there is to learn, so that the mean of the parts'
+    losses is the loss of the whole, however it is cut up. The randomness is a function of the step: a resumed run draws
+    what the uninterrupted one would have."""
+    device, parts = target.norm.weight.device, config.accumulate * ranks()
+    step, index = divmod(part, config.accumulate)
+    generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
+    rows = torch.randint(len(texts.tokens), (parts * stage.batch,), generator=generator)
+    supervised = texts.supervised[rows]                                               # [parts * B, T]
+    total = learnt_positions(supervised, config.unroll).sum((0, 1)).to(device) / parts   # [J+1]
+    roots, valid = sample_groups(supervised, config.groups, config.group_size, TreeShape.parse(config.tree).depth,
+                                 generator)
+    group_weight = valid / (valid.sum() / parts).clamp(min=1e-9)
+    first = (index * ranks() + rank()) * stage.batch
+    mine = slice(first, first + stage.batch)
+    # Behind the last token to learn only the chains' ends are needed.
+    width = int(supervised[mine].any(0).nonzero().max()) + 1 + config.unroll
+    text = target_forward(target, texts.tokens[rows[mine], :width].to(device, torch.long),
+                          supervised[mine, :width].to(device))
+    log_q, labels, weight = unroll_text(config, head, text)
+    return Batch(config, target, head, reference, text, log_q, labels, weight, total,
+                 roots[mine].to(device), group_weight[mine].to(device))
+
+
+def optimizers_for(model, muon_lr, adam_lr):
+    """Muon for the hidden matrices, AdamW for embedding, output and norms: at equal steps clearly better than AdamW."""
+    hidden, other = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (hidden if muon_lr > 0 and p.dim() == 2 and "embed" not in name else other).append(p)
+    adam = torch.optim.AdamW(other, adam_lr, (0.9, 0.95), weight_decay=0)
+    return [Muon(hidden, muon_lr), adam] if hidden else [adam]
+
+
+def learning_rate(step, steps, warmup):
+    """Factor of the peak rate: linear warm-up, then linear to zero."""
+    return min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulate=1):
+    """Run all optimiser steps; what an interrupted run needs to go on is kept in out/<name>.partial.pt.
+
+    loss_of(part) -> (loss, {metric: value}); a step takes the mean over its `accumulate` parts, numbered on through the
+    training, and over the ranks of a torchrun. It must be a pure function of `part`, the rank and the model: then a
+    resumed run equals an uninterrupted one bit for bit (on a CPU). optimizers: their `lr` is the peak; warmup: steps of
+    rising learning rate; clip: gradient norm. Returns the seconds that the training took, interruptions left out."""
+    name, steps, partial, log = stage.name, stage.steps, Path(out) / f"{stage.name}.partial.pt", Path(out) / "log.jsonl"
+    start, seconds = 0, 0.0
+    if partial.exists():
+        state = read(partial, "training")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start, seconds = state["step"], state["seconds"]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group.setdefault("peak", group["lr"])
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", mininterval=1.0,
+               disable=rank() > 0)
+    began = time.perf_counter() - seconds
+    model.train()
+    for step in bar:
+        sums = {}
+        for part in range(step * accumulate, (step + 1) * accumulate):
+            loss, metrics = loss_of(part)
+            (loss / accumulate).backward()
+            for metric, value in {"loss": loss, **metrics}.items():
+                sums[metric] = sums.get(metric, 0) + value.detach() / accumulate
+        average([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for group in groups:
+            group["lr"] = group["peak"] * learning_rate(step, steps, warmup)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 9 or step == steps - 1:
+            values = torch.stack([*sums.values(), norm])
+            average([values])
+            metrics = dict(zip([*sums, "norm"], values.tolist()))
+            bar.set_postfix({metric: f"{value:.3f}" for metric, value in metrics.items()})
+            append_log(log, stage=name, step=step + 1, seconds=time.perf_counter() - began, **metrics)
+        if step % SAVE_EVERY == SAVE_EVERY - 1 and step < steps - 1:
+            save(partial, kind="training", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                 step=step + 1, seconds=time.perf_counter() - began)
+    model.eval()
+    return time.perf_counter() - began

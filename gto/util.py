@@ -1,0 +1,110 @@
+"""Small things that everything uses: bad input, files, the one table, the ranks of a torchrun."""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what is wrong and what to do."""
+
+
+def main_guard(main):
+    """Run `main()` as a program: a UserError becomes one line on stderr and exit status 2."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; finished stages and checkpoints are kept", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(2)
+
+
+def argument_parser(command, description):
+    """An ArgumentParser whose complaints are UserErrors. command: how the program is called, "python train.py"."""
+    parser = argparse.ArgumentParser(prog=command, description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(message):
+        raise UserError(f"{message} ({command} --help shows all flags)")
+
+    parser.error = error
+    return parser
+
+
+def table(rows):
+    """Rows [{column: text or number}] -> Markdown. Columns in the order they first come; a row may lack some."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in cells]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells])
+
+
+def write_whole(path, write):
+    """`write(temporary path)`, then rename: a crash leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def append_log(path, **record):
+    """One JSON object a line."""
+    if rank() == 0:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def one_thread_on_cpu(device):
+    """For decoding one sequence on a CPU: its matrix products are so small that waking a second thread costs more than
+    it brings (measured: twice as slow with two). Training wants them all."""
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+
+
+def start(device):
+    """Begin work on a device, under torchrun as one of several ranks. UserError if tensors cannot live there."""
+    if distributed.is_torchelastic_launched():
+        from gto.released import parallel
+        parallel.start(device)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait():
+    """Until all ranks are here."""
+    if ranks() > 1:
+        distributed.barrier()
+
+
+def average(tensors):
+    """Replace each tensor by its mean over all ranks, in place."""
+    for tensor in tensors if ranks() > 1 else ():
+        distributed.all_reduce(tensor)
+        tensor /= ranks()

@@ -1,0 +1,219 @@
+"""Learning to Draft: the replay against live decoding, the policies, PPO."""
+import itertools
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from gto.checkpoint import finish, save
+from gto.config import Config
+from gto.data import prepare
+from gto.engine import Engine
+from gto.ltd import __main__ as ltd, ppo
+from gto.ltd.engine import AdaptiveEngine
+from gto.ltd.policy import Fixed, Learned, Rule, Space, load_policy, mlp, policy_path, save_policy
+from gto.ltd.replay import Recording, best_fixed, decide, measure, oracle, record, replay
+from gto.tree import TreeShape
+from gto.util import UserError
+from gto.verify import Sampling
+from tests.test_engine import GraphsOnCpu
+from tests.tiny import tiny_models, tiny_prompts
+
+SPACE, POSITIONS = Space(3, 4, (0, 1, 2, 5, 9)), 24
+PROMPTS = [(prompt * 8)[:8] for prompt in tiny_prompts(6)]
+# A made-up machine: a target step takes 1 s, a level 0.2 s, a node 0.05 s.
+COSTS = 1 + 0.2 * torch.arange(1, 5)[:, None] + 0.05 * torch.tensor(SPACE.sizes)
+
+
+class Whimsical:
+    """A policy whose decisions vary with the context's length."""
+    space = SPACE
+
+    def stop(self, observation):
+        return observation[..., 0] * 4 > observation[..., 1] * 1000 % 4
+
+    def size(self, observation):
+        return (observation[..., 1] * 1000 / 4 % 5).long()
+
+
+class Spy:
+    """Asks another policy and keeps (level, size, observation) of every cycle."""
+
+    def __init__(self, policy):
+        self.space, self.stop, self.policy, self.decisions = policy.space, policy.stop, policy, []
+
+    def size(self, observation):
+        size = int(self.policy.size(observation))
+        self.decisions.append((round(observation[0, 0].item() * SPACE.depth) - 1, size, observation[0]))
+        return size
+
+
+@pytest.fixture(scope="module")
+def models():
+    target, head = tiny_models(seed=2, spread=0.2)
+    return target, head.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def recording(models):
+    return record(*models, PROMPTS, POSITIONS, SPACE)
+
+
+def live_cycles(engine):
+    """(root, accepted drafts) of every cycle that starts at a recorded root."""
+    for i, prompt in enumerate(PROMPTS):
+        engine.prefill([prompt])
+        cycles, root = engine.cycles(), i * POSITIONS
+        while root < (i + 1) * POSITIONS:
+            (tokens,) = next(cycles)
+            yield root, len(tokens) - 1
+            root += len(tokens)
+
+
+@pytest.mark.parametrize("policy", [Whimsical(), *itertools.starmap(partial(Fixed, SPACE), (
+    (1, 0), (1, 4), (2, 2), (3, 3), (4, 1), (4, 4)))])
+def test_replay_equals_live_decoding(models, recording, policy):
+    spy = Spy(policy)
+    live = list(live_cycles(AdaptiveEngine(*models, spy)))
+    level, size = decide(policy, recording)
+    rate, tau, roots = replay(recording, COSTS, level, size)
+    level, size = level[roots], size[roots]
+    assert live == list(zip(roots, recording.accepted[roots, level, size].tolist()))
+    assert [decision[:2] for decision in spy.decisions] == list(zip(level.tolist(), size.tolist()))
+    assert tau == pytest.approx(sum(accepted + 1 for _, accepted in live) / len(live)) and (tau > 1 or not size.any())
+    assert rate == pytest.approx(tau / COSTS[level, size].mean().item())
+    seen = torch.stack([seen for _, _, seen in spy.decisions])
+    torch.testing.assert_close(seen, recording.observation[roots, level], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [Learned(SPACE, 16), Rule(SPACE, COSTS, 1.5), Whimsical()], ids=type)
+def test_greedy_output_is_the_targets(models, policy):
+    """From CUDA graphs, too: every part finds its input where the part before left it, whichever parts a cycle has."""
+    torch.manual_seed(0)
+    for p in policy.parameters() if isinstance(policy, Learned) else ():
+        torch.nn.init.normal_(p)                                   # random, and therefore varied, decisions
+    plain, eager, replayed = Engine(models[0], None), *(AdaptiveEngine(*models, Spy(policy)) for _ in range(2))
+    spy, replayed.run = replayed.policy, GraphsOnCpu(replayed.device, replayed.run.state)
+    replayed.capture_graphs(SPACE)
+    replayed.policy, captured = spy, set(replayed.run.graphs)
+    for prompt in PROMPTS:
+        assert plain.complete([prompt], 40) == eager.complete([prompt], 40) == replayed.complete([prompt], 40)
+    decided = [[decision[:2] for decision in engine.policy.decisions] for engine in (eager, replayed)]
+    assert decided[0] == decided[1] and len(set(decided[0])) > 2
+    assert set(replayed.run.graphs) == captured, "captured while the clock ran"
+
+
+def test_sampled_tokens_are_the_targets():
+    """At T=1 the token of a cycle is drawn from the target's distribution, whatever was drafted and verified."""
+    target, head = tiny_models(seed=4, vocab=5, spread=0.3)
+    engine = AdaptiveEngine(target, head, Rule(Space(2, 3, (0, 1, 2, 4)), COSTS[:3, :4], 1.0), Sampling(1.0))
+    torch.manual_seed(0)
+    (root,), drawn = engine.prefill([[1, 2, 3]]), torch.zeros(5)
+    before = [x.clone() for x in engine.run.state]
+    for _ in range(600):
+        drawn[next(engine.cycles())[0][0]] += 1
+        for x, was in zip(engine.run.state, before):
+            x.copy_(was)
+    with torch.no_grad():
+        p = target.logits(target(torch.tensor([[1, 2, 3, root]]))[0][0, -1]).softmax(-1)
+    assert ((drawn / 600 - p).abs() < 4 * (p * (1 - p) / 600).sqrt()).all()
+
+
+def test_rule_at_the_extremes():
+    rule = Rule(SPACE, COSTS, rate=1.5)
+    for depth in range(1, SPACE.depth):
+        sure, hopeless = torch.ones(1, 14), torch.zeros(1, 14)
+        sure[:, 0] = hopeless[:, 0] = depth / SPACE.depth
+        assert not rule.stop(sure) and rule.size(sure) == len(SPACE.sizes) - 1
+        assert rule.stop(hopeless) and rule.size(hopeless) == 0
+
+
+def test_oracle_is_the_best_there_is(recording):
+    """Against all sequences of decisions on the first positions of a text, and against every fixed choice."""
+    short = Recording(4, recording.observation[:4], recording.accepted[:4])
+    cost, step = COSTS.flatten().tolist(), (short.accepted.flatten(1) + 1).tolist()
+
+    def least(root):
+        return 0.0 if root >= 4 else min(c + least(root + n) for c, n in zip(cost, step[root]))
+
+    level, size = oracle(short, COSTS)
+    roots = replay(short, COSTS, level, size)[2]
+    assert COSTS[level, size][roots].sum().item() == pytest.approx(least(0), rel=1e-5)
+    _, rate = best_fixed(recording, COSTS, SPACE)
+    assert rate == max(replay(recording, COSTS, *decide(Fixed(SPACE, depth, size), recording))[0]
+                       for depth, size in itertools.product(range(1, 5), range(1, 5)))
+    assert replay(recording, COSTS, *oracle(recording, COSTS))[0] >= rate
+
+
+def test_episodes_pay_what_was_recorded(recording):
+    torch.manual_seed(0)
+    R, levels, sizes = recording.accepted.shape
+    reward = torch.arange(R * levels * sizes).view(R, levels, sizes)                  # each says where it comes from
+    level, size = torch.randint(levels, (R,)), torch.randint(sizes, (R, levels))
+    seen, action, returns = ppo.choose_sizes(recording.observation, reward, level, mlp(14, 8, sizes))
+    root = returns // (levels * sizes)
+    assert torch.equal(seen, recording.observation[root, level[root]]) and len(set(action.tolist())) == sizes
+    assert torch.equal(returns, reward[root, level[root], action])
+    seen, action, returns = ppo.choose_depths(recording.observation, reward, size, mlp(14, 8, 2))
+    root, stop, asked = returns // (levels * sizes), returns // sizes % levels, (seen[:, 0] * levels).round().long() - 1
+    assert torch.equal(seen, recording.observation[root, asked]) and set(asked.tolist()) == set(range(levels - 1))
+    assert torch.equal(returns, reward[root, stop, size[root, stop]]) and torch.equal(action == 1, asked == stop)
+
+
+def test_learning_finds_what_can_be_known(recording, monkeypatch):
+    """A made-up target accepts everything or nothing, and the draft's probabilities say which."""
+    monkeypatch.setattr(ppo, "UPDATES", 2)
+    torch.manual_seed(0)
+    easy = torch.rand(len(recording.accepted)) < 0.5
+    kept = torch.tensor([[min(d, SPACE.nodes(d, s)) for s in range(len(SPACE.sizes))] for d in range(1, 5)])
+    seen = recording.observation.clone()
+    seen[:, :, 2:] = easy[:, None, None].float()
+    made_up, learned = Recording(POSITIONS, seen, easy[:, None, None] * kept), Learned(SPACE, 32)
+    _, rate = best_fixed(made_up, COSTS, SPACE)
+    ppo.learn(learned, made_up, COSTS, rate)
+    possible = replay(made_up, COSTS, *oracle(made_up, COSTS))[0]
+    assert replay(made_up, COSTS, *decide(learned, made_up))[0] > rate + 0.5 * (possible - rate)
+
+
+def test_costs_are_measured(models):
+    machine, costs = measure(*models, Learned(SPACE, 16), PROMPTS[:5], new_tokens=10)
+    assert machine.shape == costs.shape == (4, 5) and (costs > machine).all() and (machine > 0).all()
+
+
+def test_policy_files(tmp_path):
+    path, learned, rule = tmp_path / "policy.pt", Learned(SPACE, 16), Rule(SPACE, COSTS, 1.5)
+    for chosen, policy in ("LTD", learned), ("rule", rule):
+        save_policy(path, learned, rule, chosen)
+        seen, loaded = torch.rand(7, learned.width), load_policy(path, SPACE.shape)
+        assert torch.equal(loaded.size(seen), policy.size(seen)) and loaded.space == SPACE
+    with pytest.raises(UserError, match="learned for trees 3,4,9, not 1,5,5"):
+        load_policy(path, TreeShape(1, 5, 5))
+    other = Learned(Space(2, 4, (0, 1, 2, 5)), 16).state_dict()
+    for contents in {"space": asdict(SPACE)}, {"space": asdict(SPACE), "hidden": 16, "model": other}:
+        save(path, kind="policy", **contents)
+        with pytest.raises(UserError, match="of another version"):
+            load_policy(path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_policy(tmp_path / "none.pt")
+
+
+def test_the_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(3000)))
+    prepare("data", inputs=["words.txt"], vocab_size=320)
+    for name, model in zip(("target", "draft", "gto"), (*(models := tiny_models(vocab=320)), models[1])):
+        finish(name, model, Path("out"))
+    Path("out/config.json").write_text(json.dumps(asdict(Config(tree="3,3,6", eval_tokens=12))))
+    for module, name, value in ((ltd, "TRAIN", 4), (ltd, "VALIDATE", 2), (ltd, "LIVE", {0.0: 3, 1.0: 2}),
+                                (ltd, "SPACES", {"cpu": SPACE}), (ppo, "UPDATES", 1),
+                                (sys, "argv", ["gto.ltd", "--data", "data", "--device", "cpu"])):
+        monkeypatch.setattr(module, name, value)
+    ltd.main()
+    lines = Path("out/ltd.md").read_text()
+    assert all(f"| {T} | {name} | {way}" in lines for T, name, way in itertools.product((0, 1), ("draft", "gto"), (
+        "ar |", "default tree 2,4,8 |", "tree 3,3,6 |", "best fixed 3,", "rule |", "LTD |")))
+    assert load_policy(policy_path("out/gto.pt")).space == SPACE
