@@ -1,8 +1,8 @@
 """Group Tree Optimization and Learning to Draft, small enough to read."""
 import os
 
-# Two OpenMP threads that move between the cores of a virtual machine meet on one: bound ones train a quarter faster
-# (0.30 instead of 0.38 s a step of the target). While they wait they spin for some 100 microseconds: the library's
-# default slows a step 20-fold when a core is busy. libgomp reads this once, when torch is imported.
-os.environ.setdefault("OMP_PROC_BIND", "true")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Two OpenMP threads that spin for long while they wait slow small CPU matrix products 20-fold when a core is busy; ones
+# that never spin lose a fifth when none is. 1000 turns, some microseconds, is near the best of both. (Binding them to
+# cores gains 5 % on quiet cores and loses 10 % on busy ones.) libgomp reads these once, when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 def train_target(config, corpus, out, device):
-    """A target from scratch, saved as out/target.pt: next-token cross-entropy. On CUDA in bf16, compiled. -> Target."""
+    """A target from scratch, saved as out/target.pt: next-token cross-entropy. On CUDA in bf16, compiled."""
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim")}
     target = Target(ModelConfig(corpus.vocab_size, **shape, max_len=4 * config.length)).init_weights().to(device)
@@ -54,7 +54,6 @@ def train_target(config, corpus, out, device):
     seconds = train(Stage("target", config.target_steps, config.target_batch), target,
                     optimizers_for(target, config.muon_lr, config.adam_lr), loss_of, out)
     finish("target", target, out, seconds=seconds)
-    return target.requires_grad_(False)
 
 
 def write_texts(config, target, corpus):

@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Programs that a test starts would inherit the one core to which gto binds the main thread.
-os.environ |= {"OMP_PROC_BIND": "false", "GOMP_SPINCOUNT": "1000"}
-
+import gto  # noqa: E402, F401  first: thread settings that torch reads when it is imported
 import torch  # noqa: E402
 
 

@@ -39,8 +39,6 @@ def sides(val_fraction=.05):    # train, validation: {name: text}
     return [dict(documents) for documents in split(collect(None, INPUTS), val_fraction)]
 
 
-# BPE ---------------------------------------------------------------------------------------------------------------
-
 def brute_force_bpe(texts, vocab_size):
     words = Counter(word for text in texts for word in regex.findall(LLAMA3_PATTERN, text))
     words = [([bytes([b]) for b in word.encode()], count) for word, count in words.items()]
@@ -62,10 +60,7 @@ def test_trainer_equals_counting_everything_again_at_each_merge():
              for _ in range(5)]
     ranks = train_bpe(texts, 330, LLAMA3_PATTERN)
     assert len(ranks) == 330 and ranks == brute_force_bpe(texts, 330)
-
-
-def test_trainer_stops_when_nothing_repeats():
-    assert len(train_bpe(["abc xyz"], 400, LLAMA3_PATTERN)) == 256
+    assert len(train_bpe(["abc xyz"], 400, LLAMA3_PATTERN)) == 256, "it stops when nothing repeats"
 
 
 def test_rank_file_is_tiktokens(folder, tmp_path, monkeypatch):
@@ -76,8 +71,6 @@ def test_rank_file_is_tiktokens(folder, tmp_path, monkeypatch):
     save_ranks(tmp_path / "again", ranks)
     assert (tmp_path / "again").read_bytes() == Path(folder, "tokenizer.model").read_bytes()
 
-
-# Tokenizers --------------------------------------------------------------------------------------------------------
 
 def test_own_encoding_round_trip_and_compression(folder):
     encoding = load_encoding(folder)
@@ -146,8 +139,6 @@ def test_pieces_keep_the_text_and_bound_the_length():
         assert "".join(parts) == text and max(map(len, parts)) <= PIECE_CHARS
 
 
-# Goldens: ids by Hugging Face tokenizers, tiktoken and SentencePiece --------------------------------------------------
-
 @needs_goldens
 @pytest.mark.parametrize("name", ["tok_llama3style", "tok_qwenstyle"])
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
@@ -191,8 +182,6 @@ def test_sentencepiece_goldens(tmp_path):
     corpus = Corpus(tmp_path / "out")
     assert corpus.eot_id == golden["eos"] and corpus.encoding.encode_ordinary("hi") == hi
 
-
-# Data directory ------------------------------------------------------------------------------------------------------
 
 def test_every_document_comes_back_on_one_side(folder):
     corpus = Corpus(folder)
@@ -285,8 +274,6 @@ def test_python_sources_are_filtered_and_copies_dropped(tmp_path, monkeypatch):
     assert collect("python") == [("lib/a.py", "a = 1"), ("site-packages/pkg/also_e.py", "e = 1")]
 
 
-# Input of the user ---------------------------------------------------------------------------------------------------
-
 def test_chat_formats():
     expected = "User: Hi\n\nAssistant: Hello\n"
     for record in ({"text": expected},
@@ -345,12 +332,3 @@ def test_the_program_ends_with_one_line_and_status_2(tmp_path):
     for run, (flags, word) in zip(runs, cases):
         out, err = run.communicate(timeout=120)
         assert run.returncode == 2 and len(err.splitlines()) == 1 and word in err and not out, (flags, err)
-
-
-def test_the_program_prepares_a_text_file(tmp_path):
-    (tmp_path / "notes.txt").write_text("".join(f"note {i}: buy {i * 7} apples\n" for i in range(500)))
-    subprocess.run([sys.executable, "prepare_data.py", "--input", str(tmp_path / "notes.txt"), "--vocab-size", "300",
-                    "--out", str(tmp_path / "out")], cwd=ROOT, check=True, capture_output=True)
-    corpus = Corpus(tmp_path / "out")
-    assert read_own_meta(tmp_path / "out")["dataset"] == "input" and corpus.vocab_size == 300
-    assert "apples" in corpus.encoding.decode(corpus.batch("val", 0, 1, 32)[0].tolist())

@@ -47,8 +47,6 @@ def eagle():
     return target, {name: load_head(GOLDENS / name, target) for name in HEADS}
 
 
-# Targets --------------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def check_target(target, tokens, logits, features, positions=None):
     """As one causal text, and as nodes behind an empty prefix: the two ways a target is called."""
@@ -83,8 +81,6 @@ def test_target(folder, expected):
         check_target(target, values[f"{case}.input_ids"], values[f"{case}.logits"], features)
     check_target(target, values["case1.input_ids"], values["stretched.logits"], None, values["stretched.position_ids"])
 
-
-# Heads and trees ------------------------------------------------------------------------------------------------
 
 def eagle_shape(depth, top_k, total_token):
     """EAGLE counts the levels behind the first, and the root among the nodes."""
@@ -159,8 +155,6 @@ def test_trees(eagle, name):
         check_trees(head, features, tensors[f"{case['key']}.hidden"], tensors[f"{case['key']}.logits"], case)
 
 
-# The decoding loop ----------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def check_loop(target, head, golden):
     """Greedy decoding, round by round: the same trees, the same lengths, the same text."""
@@ -198,8 +192,6 @@ def test_loops(eagle, name):
         (ids,) = plain.complete([loop["prompt_ids"]], len(loop["greedy_ids"]))
         assert ids == loop["prompt_ids"] + loop["greedy_ids"]
 
-
-# Acceptance -----------------------------------------------------------------------------------------------------
 
 def golden_tree(golden):
     """A Tree from what EAGLE recorded of it: the parent is the deepest ancestor but the node itself."""
@@ -253,8 +245,7 @@ def our_law(p, tree):
     """The exact distribution of our rule, by letting `accept` decide all outcomes.
 
     For every node n and token x, all nodes' draws are set so that n is reached and draws x; nodes off that path draw
-    a child's token, the worst case. The outcome's weight is the product of the draws' probabilities along the path.
-    """
+    a child's token, the worst case. The outcome's weight is the product of the draws' probabilities along the path."""
     (N, V), law = p.shape, torch.zeros_like(p)
     lure = torch.tensor([tree.tokens[0, (children(tree, node) or [0])[0]] for node in range(N)])
     many = Tree(*(x.expand(V, *x.shape[1:]) for x in tree))

@@ -55,8 +55,6 @@ def random_trees(B, N, alphabet=4, seed=0):
     return tokens.to(DEVICE), parents.to(DEVICE), mask.to(DEVICE)
 
 
-# ---------------------------------------------------------------------------------------------- tree attention
-
 def attention_inputs(N, M, D, lengths, sequence=None, H=4, G=2, S=260, dtype=torch.float32, scale=1.0):
     """Strided as in the model: heads behind positions, and tree keys that are a slice of something larger."""
     B, C = len(lengths), max(sequence or range(len(lengths))) + 1
@@ -161,8 +159,6 @@ def test_one_cuda_graph_serves_every_length():
         assert torch.equal(out, tree_attention_triton(*arguments))
 
 
-# ------------------------------------------------------------------------------------------ acceptance scoring
-
 def scoring_inputs(B, N, V, masked, dtype):
     logits = randn(B, N, V, dtype=dtype, scale=3.0)
     logits[..., V - masked:] = float("-inf")
@@ -237,8 +233,6 @@ def test_score_nodes_offsets_beyond_int32():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-# --------------------------------------------------------------------------------------------- fused steps
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", [20, 128, 500])
 def test_add_rms_norm(C, dtype):
@@ -272,8 +266,6 @@ def test_silu_mul(F, dtype):
     gate_up = randn(2, 3, 2 * F, dtype=dtype)
     assert_close(fused.silu_mul_triton(gate_up), fused.silu_mul_reference(gate_up.double()), TOLERANCE[dtype])
 
-
-# -------------------------------------------------------------------------------- where there is no Triton, no GPU
 
 def test_references_work_without_triton():
     program = ("import sys; sys.modules['triton'] = None\n"

@@ -126,8 +126,6 @@ def main(module, *arguments):
         module.main()
 
 
-# Targets --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("safetensors", [False, True])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("changes", [
@@ -216,8 +214,6 @@ def test_without_safetensors_the_error_names_the_package(tmp_path, target, monke
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert "pip install safetensors" in error_of(load_target, folder)
 
-
-# Heads ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", [
     {}, {"draft_vocab_size": 40}, {"dim": 16, "head_dim": 4, "own_embedding": True},

@@ -43,8 +43,6 @@ def release(tmp_path_factory):
     return folder
 
 
-# Conversations -----------------------------------------------------------------------------------------------------
-
 def test_what_is_learnt_is_what_the_assistant_wrote(release, tmp_path):
     encoding = load_encoding(release / "Llama")
     file = tmp_path / "chat.jsonl"
@@ -82,8 +80,6 @@ def test_a_chain_is_learnt_inside_one_answer_only():
     for b, r, j in torch.cartesian_prod(*map(torch.arange, found.shape)):
         assert found[b, r, j] == supervised[b, r + 1:r + 2 + j + 1].all()
 
-
-# Parts of a batch --------------------------------------------------------------------------------------------------
 
 def train_once(out, tokens, supervised, batch, objective=None, **changes):
     """Two steps of the head. Returns what they changed in its parameters, and the last logged loss."""
@@ -132,8 +128,6 @@ def test_what_stands_after_the_last_answer_is_not_learnt(tmp_path, answers):
     less[:, 14:] = False
     assert (train_once(tmp_path, tokens, less, 2)[0] - whole).abs().max() > 1e-3
 
-
-# Programs ----------------------------------------------------------------------------------------------------------
 
 def run(program, *arguments, cwd):
     """train.py or decode.py, in this process: importing torch anew takes seconds."""
