@@ -72,7 +72,8 @@ class Engine:
         what the tree may see of the head's cache, a Prefix."""
         emitted, features = self.emitted[:, :width], self.features[:, :width]
         B, P = emitted.shape
-        committed = self.length - self.num_accepted - 1                               # [B] slots in the head's cache
+        # Slots in the head's cache, [B]; it would be below 0 behind the end of a sequence that waits for others.
+        committed = (self.length - self.num_accepted - 1).clamp(min=0)
         steps = torch.arange(P, device=self.device)
         causal = (steps <= steps[:, None]).expand(B, P, P)
         hidden, keys, values = self.head(self.head.fuse(features), emitted, committed[:, None] + steps,

@@ -82,6 +82,9 @@ def test_limits():
     short = Engine(target, head, capacity=len(prompt) + 5)
     assert continuation(short, [prompt], 30)[0] == full[:5]
     assert continuation(short, [prompt], 30)[0] == full[:5], "an engine can be used again"
+    tight = Engine(target, head, TreeShape(1, 6, 6), capacity=3)
+    tight.prefill([prompt[:1]]), tight.length.fill_(3), tight.num_accepted.fill_(5)   # a draft that passed the end
+    assert len(next(tight.cycles())[0]) >= 1, "a cycle queued behind the end of a sequence is harmless"
 
 
 @pytest.mark.parametrize("prompt, message", [([], "empty prompt"), ([1] * 256, "256 tokens")])
