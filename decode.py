@@ -18,11 +18,11 @@ from pathlib import Path
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto.checkpoint import load_head, load_target
+from gto.checkpoint import load_encoding, load_head, load_target
 from gto.engine import Engine
 from gto.evaluate import Decoded
 from gto.show import show_tree
-from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
+from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
 from gto.util import UserError, argument_parser, main_guard, one_thread_on_cpu, rank, ranks, start, synchronize
 from gto.verify import Sampling

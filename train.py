@@ -21,11 +21,11 @@ import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
 from gto import config as configs, evaluate
-from gto.checkpoint import exists, load_head, load_target, read, remember_config, save, seconds_of
+from gto.checkpoint import (exists, load_encoding, load_head, load_target, read, remember_config, save,
+                            seconds_of)
 from gto.data import Corpus, ensure_data
 from gto.loss import OBJECTIVES
 from gto.model import cast
-from gto.tokenizer import load_encoding
 from gto.training import Stage, Texts, copy_of, new_head, train_head, train_target, write_texts
 from gto.util import UserError, argument_parser, main_guard, rank, ranks, start, wait
 

@@ -1,17 +1,21 @@
-"""A run's folder: its numbers are written once, what is finished is there whole and not made again.
+"""A run's folder: its numbers are written once, what is finished is there whole and not made again. And the doors to
+targets, heads and tokenizers, ours or released ones (gto/released is imported only when it is asked for one).
 
 Under torchrun all ranks call these functions together; rank 0 writes.
 """
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import tiktoken
 import torch
 
 from gto.config import Config
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
+from gto.tokenizer import make_encoding, read_own_meta, read_ranks
 from gto.util import UserError, append_log, rank, wait, write_text, write_whole
 
 
@@ -65,6 +69,27 @@ def load_head(path, target, dtype=None):
     head = DraftHead(config, target).to(device)
     head.load_state_dict(contents["model"])
     return cast(head, dtype).eval()
+
+
+def load_encoding(source):
+    """The tokenizer of a data directory or run, a released model's folder or file (see gto/released/tokenizers.py), or
+    one that tiktoken downloads by name, such as "gpt2". UserError if there is none or it cannot be represented.
+
+    Returns a tiktoken.Encoding or one with the same methods. Encode text a user wrote with `encode_ordinary`, which
+    reads special tokens as plain text, and a rendered chat template with `encode(text, allowed_special="all")`."""
+    if os.path.exists(source):
+        folder = Path(source) if os.path.isdir(source) else Path(source).parent
+        meta, path = read_own_meta(folder), folder / "tokenizer.model"
+        ranks = read_ranks(path) if meta and path.is_file() else None
+        if ranks and not meta["normalizer"]:
+            return make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"])
+        from gto.released import tokenizers
+        return tokenizers.load(source, meta)
+    try:
+        return tiktoken.get_encoding(str(source))
+    except (ValueError, OSError) as error:                        # not its name; requests' errors are OSErrors
+        raise UserError(f"no tokenizer {source}: not there, and tiktoken cannot download it ({type(error).__name__}):"
+                        f" connect to the network, or leave --tokenizer out") from None
 
 
 def remember_config(out, config, corpus=None, **inputs):

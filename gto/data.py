@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gto.tokenizer import (END_OF_TEXT, LLAMA3_PATTERN, load_encoding, make_encoding, read_own_meta, save_tokenizer,
-                           train_bpe)
+from gto.checkpoint import load_encoding
+from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, make_encoding, read_own_meta, save_tokenizer, train_bpe
 from gto.util import UserError, write_text, write_whole
 
 DATASETS = ("stdlib", "python")

@@ -8,7 +8,6 @@ import binascii
 import codecs
 import heapq
 import json
-import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -23,27 +22,6 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 END_OF_TEXT = "<|end_of_text|>"
 # How released tokenizers name the token between two documents.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>")
-
-
-def load_encoding(source):
-    """The tokenizer of a data directory or run, a released model's folder or file (see gto/released/tokenizers.py), or
-    one that tiktoken downloads by name, such as "gpt2". UserError if there is none or it cannot be represented.
-
-    Returns a tiktoken.Encoding or one with the same methods. Encode text a user wrote with `encode_ordinary`, which
-    reads special tokens as plain text, and a rendered chat template with `encode(text, allowed_special="all")`."""
-    if os.path.exists(source):
-        folder = Path(source) if os.path.isdir(source) else Path(source).parent
-        meta, path = read_own_meta(folder), folder / "tokenizer.model"
-        ranks = read_ranks(path) if meta and path.is_file() else None
-        if ranks and not meta["normalizer"]:
-            return make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"])
-        from gto.released import tokenizers
-        return tokenizers.load(source, meta)
-    try:
-        return tiktoken.get_encoding(str(source))
-    except (ValueError, OSError) as error:                        # not its name; requests' errors are OSErrors
-        raise UserError(f"no tokenizer {source}: not there, and tiktoken cannot download it ({type(error).__name__}):"
-                        f" connect to the network, or leave --tokenizer out") from None
 
 
 def make_encoding(name, pattern, ranks, specials, kind=tiktoken.Encoding):

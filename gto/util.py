@@ -1,5 +1,6 @@
 """Small things that everything uses: bad input, files, the one table, the ranks of a torchrun."""
 import argparse
+import atexit
 import json
 import os
 import sys
@@ -79,10 +80,20 @@ def one_thread_on_cpu(device):
 
 
 def start(device):
-    """Begin work on a device, under torchrun as one of several ranks. UserError if tensors cannot live there."""
+    """Begin work on a device, under torchrun as one of several ranks, each on a GPU of its own, of which rank 0 writes
+    and prints. UserError if tensors cannot live there."""
     if distributed.is_torchelastic_launched():
-        from gto.released import parallel
-        parallel.start(device)
+        # Now, because its default arguments are the group there is at import. They would keep it alive, and gloo's
+        # threads with it, till after the interpreter, which aborts if one of them is still busy.
+        from torch.distributed.nn import functional  # noqa: F401
+        if device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                      # from here on "cuda" is this one
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(distributed.destroy_process_group)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import tiktoken
 
+from gto.checkpoint import load_encoding
 from gto.released.chat import TEMPLATES, encode, guess_template, stop_ids, turns
-from gto.tokenizer import load_encoding
 from gto.util import UserError
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
@@ -21,8 +21,8 @@ EXPECTED = {
               "<think>\nhm\n</think>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
               "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "vicuna": "<s>Be brief. USER: Hi ASSISTANT: <think>\nhm\n</think>\n\nHello.</s>USER: Why? ASSISTANT:",
-    "deepseek-r1": "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜>"
-                   "<｜User｜>Why?<｜Assistant｜><think>\n",
+    "deepseek-r1": "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello."
+                   "<｜end▁of▁sentence｜><｜User｜>Why?<｜Assistant｜><think>\n",
     "qwen3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello."
              "<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
 }

@@ -94,8 +94,7 @@ def call_everything(torch, dtype):
 
     if dtype == torch.float32:                             # the rest computes in float32 whatever it is given
         return
-    tokens, mask = torch.zeros(1, 60, dtype=torch.long), torch.ones(1, 60, 60, dtype=torch.bool)
-    uniform = torch.zeros(1, 60)
+    tokens, uniform = torch.zeros(1, 60, dtype=torch.long), torch.zeros(1, 60)
     acceptance.score_nodes_triton(empty(1, 60, 128_256))
     acceptance.score_nodes_triton(empty(2048, 60, 300))    # as many rows as a training step may have
     for temperature in 0.0, 0.7:

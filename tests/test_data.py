@@ -13,10 +13,11 @@ import pytest
 import regex
 import tiktoken.load
 
+from gto.checkpoint import load_encoding
 from gto.data import (PIECE_CHARS, Corpus, collect, cut_prompts, ensure_data, pieces, prepare, read_inputs,
                       read_prompts, render_chat, split)
 from gto.released.tokenizers import llama3_specials
-from gto.tokenizer import (LLAMA3_PATTERN, StreamDecoder, load_encoding, merge_pair, read_own_meta, read_ranks,
+from gto.tokenizer import (LLAMA3_PATTERN, StreamDecoder, merge_pair, read_own_meta, read_ranks,
                            save_ranks, token_bytes, train_bpe)
 from gto.util import UserError
 

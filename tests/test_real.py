@@ -10,11 +10,12 @@ import torch
 
 import decode
 import train
+from gto.checkpoint import load_encoding
 from gto.config import Config
 from gto.loss import OBJECTIVES, learnt_positions
 from gto.model import ModelConfig, Target
 from gto.released import chat
-from gto.tokenizer import load_encoding, save_ranks
+from gto.tokenizer import save_ranks
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.util import UserError
 from tests.test_load import hugging_face_release, randomize, write_release

@@ -17,12 +17,12 @@ from statistics import mean, median
 import torch
 
 from gto.bench import roofline
-from gto.checkpoint import load_head, load_target
+from gto.checkpoint import load_encoding, load_head, load_target
 from gto.data import read_prompts
 from gto.engine import Engine, cut
 from gto.evaluate import FixedText, speeds, tau_and_misalignment
 from gto.rollout import target_forward
-from gto.tokenizer import StreamDecoder, end_of_text_id, load_encoding
+from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
 from gto.util import UserError, argument_parser, main_guard, one_thread_on_cpu, ranks, start, synchronize, table
 from gto.verify import Sampling

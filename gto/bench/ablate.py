@@ -20,7 +20,6 @@ from gto.bench.ceilings import ceilings
 from gto.data import PROMPT, read_prompts
 from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
 from gto.loss import OBJECTIVES
-from gto.tokenizer import load_encoding
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape
 from gto.util import append_log, argument_parser, main_guard, start, table, write_text
@@ -71,7 +70,8 @@ class Ablation:
         self.texts = Texts(texts["tokens"], texts["supervised"])
         checkpoint.remember_config(self.folder, config)
 
-        encoding, held_out = load_encoding(out), read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
+        held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
+        encoding = checkpoint.load_encoding(out)
         prompts = [encoding.encode_ordinary(turns[0])[:PROMPT] for turns in held_out]
         others, prompts = prompts[::3], [prompt for i, prompt in enumerate(prompts) if i % 3]
         self.test = {T: fixed_text(self.target, prompts, config.eval_tokens, T, self.shape.depth) for T in SCORE_TEMPS}

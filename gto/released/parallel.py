@@ -1,13 +1,10 @@
-"""Several processes, started by torchrun, one on each GPU (a rank).
+"""A target over several processes, started by torchrun, one on each GPU (a rank).
 
 Training is data parallel: every rank computes the gradient of its own rows of the batch, and all take the same step
 with the average. A frozen target that is too large for one GPU is "gathered" layer by layer (FSDP2), because the ranks
 read different texts. In decoding they work on the same tokens: there the target is "split" (tensor parallel), so that
-each reads only 1/N of the weights. What is written and printed, rank 0 writes and prints.
+each reads only 1/N of the weights.
 """
-import atexit
-import os
-import sys
 from dataclasses import replace
 
 import torch
@@ -15,21 +12,6 @@ from torch import distributed
 
 from gto.model import Target
 from gto.util import UserError, rank, ranks
-
-
-def start(device):
-    """Join the other processes that torchrun started, each on a GPU of its own."""
-    # Now, because its default arguments are the group there is at import. They would keep it alive, and gloo's threads
-    # with it, till after the interpreter, which aborts if one of them is still busy.
-    import torch.distributed.nn.functional  # noqa: F401
-    if device == "cuda":
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                          # from here on "cuda" is this one
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    atexit.register(distributed.destroy_process_group)
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
 
 
 def gather(target):
