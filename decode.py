@@ -82,11 +82,11 @@ def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
 
 def main():
     arguments = parse_arguments()
+    start(arguments.device)
     shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     torch.manual_seed(arguments.seed)
     one_thread_on_cpu(arguments.device)
-    start(arguments.device)
     path = Path(arguments.target or f"{arguments.out_dir}/target.pt")
     head_path = arguments.head or f"{arguments.out_dir}/{arguments.method}.pt"
     dtype = torch.bfloat16 if arguments.device != "cpu" else None

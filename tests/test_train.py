@@ -163,6 +163,7 @@ def test_show_tree_draws_what_decoding_does(trained, temperature):
     (["decode.py", "--prompt", "x", "--tree", "2,2,99", *DECODE], "tree 2,2,99"),
     (["decode.py", "--prompt", "x", "--top-p", "7", *DECODE], "top_p"),
     (["decode.py", "--prompt", "x", "--nonsense"], "--nonsense"),
+    (["decode.py", "--prompt", "x", "--device", "tpu"], "--device tpu"),
     (["decode.py", "--prompt", "x", "--target", "missing.pt"], "missing.pt does not exist"),
     (["decode.py", "--prompt", "x", "--target", "cut.pt"], "cut.pt is not a checkpoint"),
     (["decode.py", "--prompt", "x", "--target", "out/x/draft.pt"], "holds a head"),
