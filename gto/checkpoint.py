@@ -62,11 +62,7 @@ def load_head(path, target, dtype=None):
         return load.load_head(path, target, dtype)
     device = target.norm.weight.device
     contents = read(path, "head", device)
-    config = HeadConfig(**contents["config"])
-    if config.target_dim != target.config.dim or config.vocab_size != target.config.vocab_size:
-        raise UserError(f"{path} was trained for another target, {config.target_dim} wide with {config.vocab_size}"
-                        f" tokens: this one has {target.config.dim} and {target.config.vocab_size}")
-    head = DraftHead(config, target).to(device)
+    head = DraftHead(HeadConfig(**contents["config"]).check_fits(path, target), target).to(device)
     head.load_state_dict(contents["model"])
     return cast(head, dtype).eval()
 

@@ -103,11 +103,9 @@ def tau_and_misalignment(head, fixed, shape, score_temp):
 
 
 def greedy_depth(tree, path):
-    """How deep the greedy path, the Tree of a chain, is still in the tree: [B]. As in verification, a node lies on the
-    path if it and all its ancestors match."""
-    matches = tree.tokens == path.tokens.gather(1, tree.depth)                        # [B, N]
-    on_path = (matches[:, None] | ~tree.mask).all(-1)                                 # [B, N]
-    return (tree.depth * on_path).amax(1)
+    """How deep the greedy path, the Tree of a chain, still is in the tree, [B]: what is accepted if it is chosen."""
+    below = (tree.depth + 1).clamp(max=path.tokens.shape[1] - 1)                      # [B, N] a leaf's is not looked at
+    return accept(tree, path.tokens.gather(1, below), tree.tokens.shape[1])[1]
 
 
 class Decoded(NamedTuple):
@@ -128,13 +126,14 @@ class Decoded(NamedTuple):
 def timed(engine, prompt, new_tokens, stop=()):
     """Decode one prompt until `new_tokens` tokens are there, or one of `stop`. -> Decoded. The last cycle counts in
     full, whatever it overshoots: time and tokens must match."""
-    new = tokens = engine.prefill([prompt])
-    stream, cycles = engine.cycles(), 0
+    new = engine.prefill([prompt])
+    tokens, stream, cycles = list(new), engine.cycles(), 0
     synchronize(engine.device)
     began = time.perf_counter()
     while len(tokens) < new_tokens and not any(token in stop for token in new):
         new = next(stream)[0]
-        tokens, cycles = tokens + new, cycles + 1
+        tokens += new
+        cycles += 1
     seconds = time.perf_counter() - began
     synchronize(engine.device)                         # a GPU has begun a cycle more; it must not disturb what follows
     return Decoded(tokens, seconds, cycles)

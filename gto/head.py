@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gto.model import KV, Attention, ModelConfig, RMSNorm, SwiGLU, rotary_frequencies, rotation
+from gto.util import UserError
 
 
 @dataclass
@@ -18,6 +19,13 @@ class HeadConfig(ModelConfig):
     draft_vocab_size: int = 2048
     target_dim: int = 128
     own_embedding: bool = False   # heads narrower than their target carry an embedding of their own
+
+    def check_fits(self, path, target):
+        """The config itself; a UserError if the head in this file drafts for another target."""
+        if (self.target_dim, self.vocab_size) != (target.config.dim, target.config.vocab_size):
+            raise UserError(f"{path} was made for another target: {self.target_dim} wide with {self.vocab_size}"
+                            f" tokens, this one has {target.config.dim} and {target.config.vocab_size}")
+        return self
 
 
 class DraftHead(nn.Module):

@@ -52,10 +52,7 @@ def load_head(path, target, dtype=None):
     if not (path / "config.json").exists():
         raise UserError(f"no draft head at {path}: give a checkpoint *.pt, or a folder with config.json beside weights")
     tensors = map_files(hugging_face_files(path))
-    config = eagle_config(path, tensors)
-    if (config.target_dim, config.vocab_size) != (target.config.dim, target.config.vocab_size):
-        raise UserError(f"{path} was made for another target: {config.target_dim} wide with {config.vocab_size} tokens,"
-                        f" this one has {target.config.dim} and {target.config.vocab_size}")
+    config = eagle_config(path, tensors).check_fits(path, target)
     with torch.device("meta"):
         head = DraftHead(config, target)
     fill(head, head, EAGLE, tensors, path, like.device, dtype or like.dtype)
