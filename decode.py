@@ -1,15 +1,14 @@
 """Generate text by speculative decoding with a draft tree.
 
     python decode.py --prompt "def fibonacci(n):"
-    python decode.py --prompt "import os" --temperature 1 --tree 4,4,12
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
     python decode.py --prompt "class Queue:" --show-tree     draw the first draft
     python decode.py --prompt "class Queue:" --adaptive      depth and size chosen anew in every cycle
+    python decode.py --target smollm2 --chat --prompt "Why is the sky blue?"         after train.py --target smollm2
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
     torchrun --nproc_per_node=2 decode.py --target Llama-3.3-70B-Instruct ...      the target split over two GPUs
 
-On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain.
-"""
+On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain."""
 import json
 import sys
 import time
@@ -18,13 +17,13 @@ from pathlib import Path
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto.checkpoint import load_encoding, load_head, load_target
+from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.engine import Engine
 from gto.evaluate import Decoded
 from gto.show import show_tree
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, main_guard, one_thread_on_cpu, rank, ranks, start, synchronize
+from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, rank, ranks, start, synchronize
 from gto.verify import Sampling
 
 
@@ -33,8 +32,8 @@ def parse_arguments():
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--method", choices=("ar", "draft", "control", "gto"), default="gto",
                         help="ar: plain decoding; else the head train.py left under this name (default: gto)")
-    parser.add_argument("--out-dir", default="out", help="where train.py left them (default: out)")
-    parser.add_argument("--target", help="instead: a target checkpoint, or a folder of Meta's or Hugging Face's files")
+    parser.add_argument("--out-dir", help="where train.py left them (default: out, or out/<target>)")
+    parser.add_argument("--target", help="a target checkpoint, smollm2, a GGUF file, or a folder as downloaded")
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
@@ -86,18 +85,17 @@ def main():
     shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     torch.manual_seed(arguments.seed)
-    one_thread_on_cpu(arguments.device)
-    path = Path(arguments.target or f"{arguments.out_dir}/target.pt")
-    head_path = arguments.head or f"{arguments.out_dir}/{arguments.method}.pt"
+    out = run_folder(arguments.out_dir, arguments.target)
+    path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"
     dtype = torch.bfloat16 if arguments.device != "cpu" else None
     target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
+    one_thread_if_small(target)
     head = load_head(head_path, target, dtype) if arguments.method != "ar" else None
     encoding = load_encoding(arguments.tokenizer or path)
     if arguments.chat:
         from gto.released import chat
-        template = chat.guess_template(encoding)
-        prompt, _ = chat.encode(template, [{"role": "user", "content": arguments.prompt}], encoding)
-        stop = chat.stop_ids(template, encoding)
+        model = chat.load(arguments.tokenizer or path, encoding)
+        prompt, stop = chat.encode(model, [{"role": "user", "content": arguments.prompt}]), model.stops
     else:
         prompt, stop = encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)

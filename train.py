@@ -5,14 +5,13 @@
     python train.py --stage draft        stop after a stage: target, text, draft, gto or table
     python train.py --omega 0.3 --out-dir out/omega     any number of gto/config.py is a flag
 
-For a released target, on its answers in a chat .jsonl, with the paper's numbers (see gto/released/README.md):
+For a released chat model (gto/released/README.md), which writes the conversations to learn from itself, or takes yours:
 
-    python train.py --target Llama-3.1-8B-Instruct --data chat.jsonl                     phase I, then GTO
-    python train.py --target Llama-3.1-8B-Instruct --data chat.jsonl --head EAGLE3-head  GTO from a finished head
+    python train.py --target smollm2                        SmolLM2-135M, the same comparison in an hour
+    python train.py --target Qwen3-8B --data chat.jsonl --head EAGLE3-head --stage gto      GTO from a finished head
     torchrun --nproc_per_node=8 train.py ... [--spread]     a batch on each GPU; --spread: the target over all of them
 
-A finished stage is not run again, an interrupted one goes on where it was.
-"""
+A finished stage is not run again, an interrupted one goes on where it was."""
 import argparse
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +20,7 @@ import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
 from gto import config as configs, evaluate
-from gto.checkpoint import (exists, load_encoding, load_head, load_target, read, remember_config, save,
+from gto.checkpoint import (exists, load_encoding, load_head, load_target, read, remember_config, run_folder, save,
                             seconds_of)
 from gto.data import Corpus, ensure_data
 from gto.loss import OBJECTIVES
@@ -35,11 +34,12 @@ STAGES = ("target", "text", "draft", "gto", "table")
 def parse_arguments():
     parser = argument_parser("python train.py", __doc__)
     parser.add_argument("--preset", choices=configs.PRESETS, help="the numbers to start from; default: by the device,"
-                        " with --target real")
+                        " laptop or gpu, with --target chat or real")
     parser.add_argument("--stage", choices=STAGES, default="table", help="stop after this stage (default: %(default)s)")
-    parser.add_argument("--out-dir", default="out", help="where checkpoints, log and table go (default: out)")
-    parser.add_argument("--data", help="a directory made by prepare_data.py (default data/<dataset>), or a chat .jsonl")
-    parser.add_argument("--target", help="a folder of Meta's or Hugging Face's files; needs --data chat.jsonl")
+    parser.add_argument("--out-dir", help="where checkpoints, log and table go (default: out, or out/<target>)")
+    parser.add_argument("--data", help="a directory made by prepare_data.py (default data/<dataset>), or a chat .jsonl"
+                        " (default: the target writes it)")
+    parser.add_argument("--target", help="smollm2, a GGUF file, or a folder of Meta's or Hugging Face's files")
     parser.add_argument("--head", help="with --target: start from this head, ours or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="with --target: default its folder")
     parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
@@ -51,13 +51,11 @@ def parse_arguments():
                             choices=OBJECTIVES if field.name == "objective" else None, help="see gto/config.py")
     arguments = parser.parse_args()
     changes = {name: value for name, value in vars(arguments).items() if name in names}
-    if arguments.target and not arguments.data:
-        raise UserError("--target needs conversations to learn from: --data chat.jsonl")
-    if arguments.target and not Path(arguments.data).is_file():
+    if arguments.target and arguments.data and not Path(arguments.data).is_file():
         raise UserError(f"--data {arguments.data} does not exist")
     if not arguments.target and (arguments.head or arguments.tokenizer or arguments.spread):
         raise UserError("--head, --tokenizer and --spread are for a released target: add --target FOLDER")
-    fitting = "real" if arguments.target else "laptop" if arguments.device == "cpu" else "gpu"
+    fitting = (("laptop", "gpu"), ("chat", "real"))[bool(arguments.target)][arguments.device != "cpu"]
     return arguments, configs.preset(arguments.preset or fitting, **changes)
 
 
@@ -74,37 +72,45 @@ def own_target(arguments, config, out):
     return corpus, load_target(out / "target.pt", device, torch.bfloat16 if device != "cpu" else None)
 
 
-def training_texts(arguments, config, out, target, corpus):
-    """What heads are trained on: text that the target writes itself, or the answers of a released target's chats."""
+def released_target(arguments, config, out):
+    """A chat model as downloaded, and how it writes chats."""
+    from gto.released import chat
+    target = load_target(arguments.target, arguments.device, ranks="gather" if arguments.spread else None)
+    remember_config(out, config, target=Path(arguments.target).name, data=Path(arguments.data or "").name)
+    source = arguments.tokenizer or arguments.target
+    return chat.load(source, load_encoding(source)), target
+
+
+def training_texts(config, out, target, corpus, chat, data):
+    """What heads are trained on: what the target writes itself, or the answers in a chat .jsonl."""
     if not exists(out / "text.pt"):
         if corpus:
             tokens, supervised = write_texts(config, target, corpus)
         else:
-            from gto.released.chat import encode_conversations
-            encoding = load_encoding(arguments.tokenizer or arguments.target)
-            tokens, supervised = encode_conversations(arguments.data, encoding, config.length, config.unroll).values()
+            from gto.released.magpie import conversations
+            tokens, supervised = conversations(config, out, target, chat, data)
         save(out / "text.pt", kind="text", tokens=tokens, supervised=supervised)
     contents = read(out / "text.pt", "text")
-    return Texts(contents["tokens"], contents["supervised"])
+    return Texts(contents["tokens"], contents["supervised"], {})
 
 
 def main():
     arguments, config = parse_arguments()
-    out, device, stage = Path(arguments.out_dir), arguments.device, arguments.stage
+    out, device, stage = run_folder(arguments.out_dir, arguments.target), arguments.device, arguments.stage
     torch.set_float32_matmul_precision("high")
     start(device)
     if arguments.spread and ranks() == 1:
         raise UserError("--spread needs torchrun --nproc_per_node=N train.py ...")
 
     # The target, and text to train heads on.
+    corpus = chat = None
     if arguments.target:
-        corpus, target = None, load_target(arguments.target, device, ranks="gather" if arguments.spread else None)
-        remember_config(out, config, target=Path(arguments.target).name, data=Path(arguments.data).name)
+        chat, target = released_target(arguments, config, out)
     else:
         corpus, target = own_target(arguments, config, out)
     if stage == "target":
         return
-    texts = training_texts(arguments, config, out, target, corpus)
+    texts = training_texts(config, out, target, corpus, chat, arguments.data)
     if stage == "text":
         return
 
@@ -119,6 +125,7 @@ def main():
         return
 
     # Phase II: Group Tree Optimization, and beside it the control, phase I continued for as long.
+    compared = stage == "table" and not given and ranks() == 1
     heads = {"draft": [draft], "control": [], "gto": []}
     for number in range(config.seeds):
         seed, suffix = config.seed + number, f"-{number + 1}" if number else ""        # gto.pt, gto-2.pt, ..
@@ -127,20 +134,25 @@ def main():
             objective = OBJECTIVES[config.objective]
             train_head(phase_two, config, target, copy_of(draft, target), texts, out, objective, reference=draft)
         heads["gto"].append(load_head(out / f"{phase_two.name}.pt", target))
-        if not corpus:
+        if not compared:
             continue
         if not exists(out / f"control{suffix}.pt"):
             steps = max(1, round(seconds_of(out, phase_two.name) / seconds_of(out, "draft") * config.head_steps))
             control = Stage(f"control{suffix}", steps, config.head_batch, config.gto_rate, seed)
             train_head(control, config, target, copy_of(draft, target), texts, out)
         heads["control"].append(load_head(out / f"control{suffix}.pt", target))
-    if stage == "gto" or not corpus or rank() > 0:
+    if not compared:
         return
 
     # The comparison.
     for head in sum(heads.values(), []) if device != "cpu" else ():
         cast(head, torch.bfloat16)
-    print(evaluate.report(config, target, heads, corpus, out))
+    if corpus:
+        prompts, stop = corpus.prompt_ids(config.eval_prompts * 5 // 4), ()
+    else:
+        from gto.released.magpie import held_out
+        prompts, stop = held_out(config, out, target, chat), chat.stops
+    print(evaluate.report(config, target, heads, out, prompts, stop))
 
 
 if __name__ == "__main__":

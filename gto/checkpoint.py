@@ -1,15 +1,11 @@
 """A run's folder: its numbers are written once, what is finished is there whole and not made again. And the doors to
 targets, heads and tokenizers, ours or released ones (gto/released is imported only when it is asked for one).
-
-Under torchrun all ranks call these functions together; rank 0 writes.
-"""
+Under torchrun all ranks call these functions together; rank 0 writes."""
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import tiktoken
 import torch
 
 from gto.config import Config
@@ -42,10 +38,8 @@ def read(path, kind, device="cpu"):
 
 
 def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target: a checkpoint *.pt of train.py, or a folder as downloaded (see gto/released/README.md).
-
-    dtype None: a *.pt as it was saved, a download by the device. ranks: under torchrun "gather" or "split" a download.
-    """
+    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype None: a
+    *.pt as it was saved, a download by the device. ranks: under torchrun "gather" or "split" a download."""
     if Path(path).suffix != ".pt":
         from gto.released import load
         return load.load_target(path, device, dtype, ranks)
@@ -68,24 +62,15 @@ def load_head(path, target, dtype=None):
 
 
 def load_encoding(source):
-    """The tokenizer of a data directory or run, a released model's folder or file (see gto/released/tokenizers.py), or
-    one that tiktoken downloads by name, such as "gpt2". UserError if there is none or it cannot be represented.
-
-    Returns a tiktoken.Encoding or one with the same methods. Encode text a user wrote with `encode_ordinary`, which
+    """The tokenizer of a data directory or run, of a released model (its folder, a file *.json, *.model or *.gguf,
+    "smollm2"), or one that tiktoken downloads by name ("gpt2"). Encode what a user wrote with `encode_ordinary`, which
     reads special tokens as plain text, and a rendered chat template with `encode(text, allowed_special="all")`."""
-    if os.path.exists(source):
-        folder = Path(source) if os.path.isdir(source) else Path(source).parent
-        meta, path = read_own_meta(folder), folder / "tokenizer.model"
-        ranks = read_ranks(path) if meta and path.is_file() else None
-        if ranks and not meta["normalizer"]:
-            return make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"])
-        from gto.released import tokenizers
-        return tokenizers.load(source, meta)
-    try:
-        return tiktoken.get_encoding(str(source))
-    except (ValueError, OSError) as error:                        # not its name; requests' errors are OSErrors
-        raise UserError(f"no tokenizer {source}: not there, and tiktoken cannot download it ({type(error).__name__}):"
-                        f" connect to the network, or leave --tokenizer out") from None
+    folder = Path(source).parent if Path(source).suffix in (".pt", ".model") else Path(source)
+    meta, path = read_own_meta(folder), folder / "tokenizer.model"
+    if meta and (ranks := read_ranks(path)):                      # written by prepare_data.py or train.py
+        return make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"], meta["normalizer"])
+    from gto.released import tokenizers
+    return tokenizers.load(source)
 
 
 def remember_config(out, config, corpus=None, **inputs):
@@ -96,8 +81,7 @@ def remember_config(out, config, corpus=None, **inputs):
         if path.exists():
             before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
             if changed := [name for name, value in now.items() if before[name] != value]:
-                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir, or"
-                                f" delete it")
+                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir")
         out.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
             shutil.copy(Path(corpus.directory) / name, out / name)
@@ -111,6 +95,15 @@ def load_config(out):
         return Config(**json.loads(Path(out, "config.json").read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{out}/config.json is missing, or of another version: run python train.py first") from None
+
+
+def run_folder(out_dir, target):
+    """Where the heads for a target are: out_dir if given; for a checkpoint its folder; for a released target its name
+    in out, without one out itself."""
+    if out_dir or not target:
+        return Path(out_dir or "out")
+    path = Path(target)
+    return path.parent if path.suffix == ".pt" else Path("out", path.name.removesuffix(".gguf"))
 
 
 def exists(path):

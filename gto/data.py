@@ -2,13 +2,14 @@
 
 A data directory holds train.bin and val.bin (token ids, flat; each document is followed by the end-of-text token),
 tokenizer.model, prompts.jsonl (cut from validation documents, in the format of MT-bench's question.jsonl), and
-meta.json (sizes, dtype, split pattern), which is written last: its presence says that the directory is complete.
-"""
+meta.json (sizes, dtype, split pattern), written last: its presence says that the directory is complete."""
 import hashlib
 import json
 import os
 import random
+import re
 import sysconfig
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -19,91 +20,65 @@ from gto.checkpoint import load_encoding
 from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, make_encoding, read_own_meta, save_tokenizer, train_bpe
 from gto.util import UserError, write_text, write_whole
 
-DATASETS = ("stdlib", "python")
 DEFAULT_VOCAB_SIZE = 2048
 BPE_SAMPLE_CHARS = 20_000_000       # more text does not change a small vocabulary, but costs time
 PROMPT = 64                         # tokens of a held-out prompt, at most
-PIECE_CHARS = 100_000               # longest text given to tiktoken at once: its regex can exhaust the stack
+# Parts of a text to give to tiktoken, whose regex can exhaust the stack: not too long, cut after a line where possible.
+PIECE = re.compile(r"(?s).{1,100000}\Z|.{0,99999}\n|.{100000}")
 GENERATED_CHARS = 1_000_000         # a longer source file was written by a program
 # Tests and tables are code that nobody would complete by hand.
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages",
-                   "__pycache__"}
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 
-
-# Documents are (name, text). The name decides on which side of the split one falls: it holds no path of the machine --
 
 def collect(dataset, inputs=None):
-    """The documents of a built-in dataset, or of `inputs` (files and directories) if given. Sorted by name."""
-    if inputs:
-        documents = read_inputs(inputs)
-    else:
+    """The documents, (name, text), of a built-in dataset, or of `inputs` (files and directories) if given. Sorted by
+    name, which decides on which side of the split one falls: it holds no path of the machine."""
+    documents = []
+    for root in (Path(os.path.abspath(path)) for path in inputs or ()):
+        for file in root.rglob("*") if root.is_dir() else [root]:
+            name = file.relative_to(root.parent).as_posix()
+            text = read_text(file) if "/." not in name else ""                        # hidden
+            if file == root and not text:
+                raise UserError(f"--input {root}: no such file or directory, or no UTF-8 text")
+            documents.append((name, text))
+    if not inputs:
         paths = sysconfig.get_paths()
         documents = read_tree(paths["stdlib"], "lib", SKIPPED_FOLDERS)
         if dataset == "python":
             for folder in sorted({paths["purelib"], paths["platlib"]}):
-                documents += read_tree(folder, "site-packages", {"__pycache__"})
+                documents += read_tree(folder, "site-packages", set())
             name_of = {text: name for name, text in sorted(documents, reverse=True)}  # of copies the first stays
             documents = [(name, text) for text, name in name_of.items()]
-    if not any(text.strip() for _, text in documents):
+    documents = sorted(document for document in documents if document[1].strip())
+    if not documents:
         raise UserError(f"no text found in {inputs or 'the standard library'}: give text or code with --input")
-    return sorted(document for document in documents if document[1].strip())
-
-
-def read_tree(root, prefix, skipped):
-    """The Python files below root, without folders named in `skipped`, generated files and what is not UTF-8."""
-    documents = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skipped]
-        for path in (os.path.join(folder, name) for name in files):
-            if path.endswith(".py") and "_sysconfigdata" not in path:             # that one describes the machine
-                documents.append((f"{prefix}/{os.path.relpath(path, root)}".replace(os.sep, "/"), read_text(path)))
-    return [(name, text) for name, text in documents if text is not None and len(text) <= GENERATED_CHARS]
-
-
-def read_text(path):
-    """The file's text, or None if it cannot be read as UTF-8 text."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    return None if "\0" in text else text
-
-
-def read_inputs(paths):
-    """Documents of text files, chat .jsonl files (a document per line) and directories of both."""
-    documents = []
-    for path in paths:
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names] or [path]
-        for file in sorted(file for file in found if os.sep + "." not in file.removeprefix(path)):
-            text = read_text(file)
-            if text is None and file == path:
-                raise UserError(f"--input {path}: no such file or directory, or not UTF-8 text")
-            name = os.path.relpath(file, os.path.dirname(os.path.abspath(path))).replace(os.sep, "/")
-            if text is not None and file.endswith(".jsonl"):
-                documents += [(f"{name}:{i}", render_chat(line, f"{file}, line {i}"))
-                              for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-            elif text is not None:
-                documents.append((name, text))
     return documents
 
 
-def render_chat(line, where):
-    """One line of a chat .jsonl as plain text, 'User: ...' and 'Assistant: ...'."""
-    turns = read_turns(line, where)
-    if turns and turns[0][0] == "text":
-        return turns[0][1]
-    return "\n\n".join(f"{role.capitalize()}: {text.strip()}" for role, text in turns) + "\n"
+def read_tree(root, prefix, skipped):
+    """The Python files below root, without folders named in `skipped` and generated files."""
+    found = ((path.relative_to(root), path) for path in Path(root).rglob("*.py"))
+    documents = [(f"{prefix}/{name.as_posix()}", read_text(path)) for name, path in found
+                 if skipped.isdisjoint(name.parts) and "_sysconfigdata" not in path.name]  # which is the machine's
+    return [(name, text) for name, text in documents if len(text) <= GENERATED_CHARS]
+
+
+def read_text(path):
+    """The file's text, nothing if it cannot be read as UTF-8 text."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return "" if "\0" in text else text
 
 
 def read_turns(line, where):
     """One line of a chat .jsonl -> [(role, text)]; ShareGPT's human and gpt are user and assistant. `where` is for the
-    error. Knows "messages" [{role, content}], "conversations" [{from, value}], "turns" of the user, and "text"."""
+    error. Knows "messages" [{role, content}], "conversations" [{from, value}] and "turns" of the user."""
     roles = {"human": "user", "gpt": "assistant", "model": "assistant"}
     try:
         record = json.loads(line)
-        if "text" in record:
-            turns = [("text", record["text"])]
-        elif "messages" in record:
+        if "messages" in record:
             turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
         elif "conversations" in record:
             turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
@@ -113,7 +88,7 @@ def read_turns(line, where):
             raise TypeError
         return [(roles.get(role, role), text) for role, text in turns]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f'{where}: expected an object with "text", "turns", "messages" or "conversations"') from None
+        raise UserError(f'{where}: expected an object with "turns", "messages" or "conversations"') from None
 
 
 def split(documents, val_fraction=.05):
@@ -135,21 +110,18 @@ def cut_prompts(documents, count=128, seed=0):
     """Prompts of 100 to 300 characters from (name, text) documents, taking turns among them: whole lines, every
     second one from a def or class where there is one. Returns records of prompts.jsonl; fewer if text is short."""
     rng = random.Random(seed)
-    documents = [(name, text.splitlines(keepends=True)) for name, text in documents if len(text) >= 100]
+    documents = [document for document in documents if len(document[1]) >= 100]
     rng.shuffle(documents)
     prompts = {}
-    for attempt in range(10 * count if documents else 0):
-        name, lines = documents[attempt % len(documents)]
-        starts = [i for i, line in enumerate(lines) if line.strip()]
-        heads = [i for i in starts if lines[i].lstrip().startswith(("def ", "class "))]
+    for name, text in islice(cycle(documents), 10 * count):
+        starts = [line.start() for line in re.finditer(r"^.*\S", text, re.MULTILINE)]
+        heads = [line.start() for line in re.finditer(r"^[ \t]*(def|class) ", text, re.MULTILINE)]
         start = rng.choice(heads if heads and rng.random() < .5 else starts)
-        length, text = rng.randint(100, 240), ""
-        while start < len(lines) and len(text) < length:
-            text, start = text + lines[start], start + 1
-        if len(text) > 300:                                       # a long line: stop before a word
-            text = text[:300].rsplit(" ", 1)[0]
-        if len(text := text.rstrip()) >= 100:
-            prompts.setdefault(text, name)
+        end = text.find("\n", start + rng.randint(100, 240) - 1) + 1 or len(text)
+        if end - start > 300:                                     # a long line: stop before a word
+            end = max(text.rfind(" ", start, start + 300), start)
+        if len(prompt := text[start:end].rstrip()) >= 100:
+            prompts.setdefault(prompt, name)
         if len(prompts) == count:
             break
     return [{"question_id": i, "turns": [text], "source": name} for i, (text, name) in enumerate(prompts.items())]
@@ -157,7 +129,7 @@ def cut_prompts(documents, count=128, seed=0):
 
 def read_prompts(path, limit=None):
     """The first `limit` prompts of a question.jsonl (ours, MT-bench, HumanEval, GSM8K): each a list of user turns."""
-    lines = [line for line in (read_text(path) or "").split("\n") if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     prompts = [[text for role, text in read_turns(line, f"{path}, prompt {number}") if role == "user" and text]
                for number, line in enumerate(lines[:limit], 1)]
     if not all(prompts) or not prompts:
@@ -165,10 +137,9 @@ def read_prompts(path, limit=None):
     return prompts
 
 
-def prepare(out, dataset="stdlib", inputs=None, vocab_size=None, tokenizer=None):
+def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, tokenizer=None):
     """Write the data directory `out` and return its meta. dataset, inputs: see `collect`. vocab_size: ids of a BPE
-    trained here, with the end-of-text token (default 2048; little text gives fewer); tokenizer: use this one."""
-    vocab_size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
+    trained here, with the end-of-text token (little text gives fewer); tokenizer: use this one."""
     if vocab_size < 257:
         raise UserError(f"--vocab-size {vocab_size}: at least 257, for the 256 bytes and the end-of-text token")
     encoding = load_encoding(tokenizer) if tokenizer is not None else None
@@ -178,15 +149,12 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=None, tokenizer=None)
         stride = 1 + sum(len(text) for _, text in train) // BPE_SAMPLE_CHARS
         ranks = train_bpe([text for _, text in train[::stride]], vocab_size - 1, LLAMA3_PATTERN)
         encoding = make_encoding("trained here", LLAMA3_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
-
     meta = save_tokenizer(out / "tokenizer.model", encoding)
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
     for side, documents in ("train", train), ("val", val):
         tokens = encode(documents, encoding, meta)
         write_whole(out / f"{side}.bin", tokens.tofile)
         meta |= {f"{side}_documents": len(documents), f"{side}_tokens": len(tokens)}
-    characters = sum(len(text) for _, text in train + val)
-    meta["chars_per_token"] = round(characters / (meta["train_tokens"] + meta["val_tokens"]), 3)
     write_text(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
@@ -210,23 +178,13 @@ def encode(documents, encoding, meta):
     """All (name, text) documents as one array of meta["dtype"], an end-of-text token behind each."""
     parts = []
     for _, text in tqdm(documents, "encode", unit="doc", disable=None):
-        ids = encoding.encode_ordinary_batch(pieces(text), num_threads=os.cpu_count() or 1)
-        parts.append(np.array([token for piece in ids for token in piece] + [meta["eot_id"]], dtype=meta["dtype"]))
+        ids = [token for piece in PIECE.findall(text) for token in encoding.encode_ordinary(piece)]
+        parts.append(np.array([*ids, meta["eot_id"]], dtype=meta["dtype"]))
     return np.concatenate(parts)
 
 
-def pieces(text):
-    """`text` in parts of PIECE_CHARS characters at most, cut after a line where possible."""
-    parts = []
-    while len(text) > PIECE_CHARS:
-        cut = text.rfind("\n", 0, PIECE_CHARS) + 1 or PIECE_CHARS
-        parts.append(text[:cut])
-        text = text[cut:]
-    return [*parts, text]
-
-
 class Corpus:
-    """A prepared data directory: `meta` (dict), `encoding`, `prompts` (strings) and random training windows."""
+    """A prepared data directory: its `encoding`, its held-out prompts and random training windows."""
 
     def __init__(self, directory):
         self.directory, meta = directory, read_own_meta(directory)
@@ -247,9 +205,8 @@ class Corpus:
         return [self.encoding.encode_ordinary(turns[0])[:PROMPT] for turns in prompts]
 
     def batch(self, side, step, batch_size, length, seed=0):
-        """Windows of length+1 consecutive tokens: int64 [batch_size, length+1], inputs and targets overlapping.
-
-        side is "train" or "val". A pure function of (seed, step): a resumed training sees the same batches."""
+        """Windows of "train" or "val": int64 [batch_size, length + 1], inputs and targets overlapping. A pure function
+        of (seed, step): a resumed training sees the same batches."""
         tokens = self.tokens[side]
         if len(tokens) <= length:
             raise UserError(f"{self.directory}/{side}.bin has {len(tokens)} tokens, a window needs {length + 1}: "

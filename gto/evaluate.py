@@ -4,8 +4,7 @@ tau is measured along texts that the target has written before: a cycle drafts a
 that the text goes, and moves on. At T=0 this is what decoding does. At T>0 it is so in distribution: the target's draws
 may be made in advance, one per position instead of one per node, as verification meets at most one node of a position.
 All heads meet the same text, and no target forward is needed. Speed is measured by decoding, batch 1, all methods in
-turn, so that they share the machine's good and bad moments.
-"""
+turn, so that they share the machine's good and bad moments."""
 import json
 import time
 from typing import NamedTuple
@@ -14,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from gto.checkpoint import seconds_of
-from gto.engine import Engine
+from gto.engine import Engine, cut
 from gto.model import Prefix
 from gto.rollout import Text, target_forward
 from gto.tree import TreeShape, draft_tree
-from gto.util import one_thread_on_cpu, rank, synchronize, table, write_text
+from gto.util import one_thread_if_small, rank, synchronize, table, write_text
 from gto.verify import Sampling, accept
 
 SCORE_TEMPS = {0.0: (0.2, 0.4, 0.6, 1.0), 1.0: (0.6, 1.0, 1.5)}    # to choose from, by decoding temperature
@@ -33,19 +32,21 @@ def paired(a, b):
 class FixedText(NamedTuple):
     text: Text               # [B, T], padded on the right
     start: torch.Tensor      # [B] the first root: the token after the prompt
-    stop: torch.Tensor       # [B] decoding ends with the cycle that reaches it
+    end: torch.Tensor        # [B] decoding ends with the cycle that reaches it
 
 
-def fixed_text(target, prompts, new_tokens, temperature, ahead, seed=0):
-    """Let the target continue the prompts (lists of ids) by `new_tokens` and the `ahead` that a last tree sees."""
+def fixed_text(target, prompts, new_tokens, temperature, ahead, stop=(), seed=0):
+    """Let the target continue the prompts (lists of ids) by `new_tokens` and the `ahead` that a last tree sees. What it
+    writes behind a token of `stop` is there, but is not to be decoded."""
     torch.manual_seed(seed)
     engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
                     capacity=max(map(len, prompts)) + new_tokens + ahead)
     rows = engine.complete(prompts, new_tokens + ahead)
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=engine.device)
-    start = torch.tensor([len(prompt) for prompt in prompts], device=engine.device)
-    return FixedText(target_forward(target, tokens), start, start + new_tokens - 1)
+    start = [len(prompt) for prompt in prompts]
+    end = [at + max(len(cut(row[at:at + new_tokens], stop)) - 1, 1) for row, at in zip(rows, start)]
+    return FixedText(target_forward(target, tokens), *torch.tensor([start, end], device=engine.device))
 
 
 def accepted_length(fixed, rows, length, tree):
@@ -61,7 +62,7 @@ def replay_text(fixed, draft):
 
     Returns tau [B]: tokens emitted per cycle, the target's own one counted."""
     length, cycles = fixed.start.clone(), torch.zeros_like(fixed.start)
-    while len(rows := (length < fixed.stop).nonzero().squeeze(1)):
+    while len(rows := (length < fixed.end).nonzero().squeeze(1)):
         length[rows] += accepted_length(fixed, rows, length[rows], draft(rows, length[rows])) + 1
         cycles[rows] += 1
     return (length - fixed.start) / cycles.clamp(min=1)
@@ -148,15 +149,15 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
     return {name: decoded[1:] for name, decoded in result.items()}                    # the first is the warm-up
 
 
-def report(config, target, heads, corpus, out):
-    """heads {"draft" | "control" | "gto": [a head per seed]} -> Markdown, also in out/table.md and out/results.json."""
+def report(config, target, heads, out, prompts, stop=()):
+    """heads {"draft" | "control" | "gto": [a head per seed]}; prompts: lists of ids; stop: tokens that end an answer.
+    -> Markdown, also in out/table.md and out/results.json."""
     shape, new_tokens = TreeShape.parse(config.tree), config.eval_tokens
-    prompts = corpus.prompt_ids(config.eval_prompts * 5 // 4)
     others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]       # score temperatures; the rest
     rows, taus = {}, {}
     for T, temperatures in SCORE_TEMPS.items():
-        test = fixed_text(target, prompts, new_tokens, T, shape.depth)
-        tune = fixed_text(target, others, new_tokens // 2, T, shape.depth, seed=1)
+        test = fixed_text(target, prompts, new_tokens, T, shape.depth, stop)
+        tune = fixed_text(target, others, new_tokens // 2, T, shape.depth, stop, seed=1)
         rows[T, "ar"] = {"T": f"{T:g}", "method": "ar", "tau": 1.0}
         for name, trained in tqdm(heads.items(), desc=f"tau, T={T:g}", unit="method"):
             best = [best_score_temp(head, tune, shape, temperatures) for head in trained]
@@ -172,11 +173,11 @@ def report(config, target, heads, corpus, out):
             engine = Engine(target, heads["gto"][0], shape, batch=len(prompts), capacity=test.text.tokens.shape[1])
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
             equal, distinct = sum(map(list.__eq__, written, plain)), sum(len(set(row)) for row in plain) / len(plain)
-    one_thread_on_cpu(target.norm.weight.device)
+    one_thread_if_small(target)
     for T in SCORE_TEMPS:
         engines = {name: Engine(target, heads[name][0] if name in heads else None, TreeShape.default(engine.device),
                                 Sampling(T), capacity=engine.capacity + 16) for name in ("ar", *heads)}
-        decoded = speeds(engines, prompts[:TIMED], new_tokens, desc=f"speed, T={T:g}")
+        decoded = speeds(engines, prompts[:TIMED], new_tokens, stop, desc=f"speed, T={T:g}")
         rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
         for name, rate in rates.items():
             rows[T, name] |= {"tokens/s": round(rate.median().item()),

@@ -1,8 +1,7 @@
 """The draft head: EAGLE-3, one decoder layer over fused target features and the next token's embedding.
 
 Slot t pairs the target's feature at position t with the embedding of token t+1 and predicts token t+2. Where the
-target has not been yet, in a draft, the head's own output takes the place of the feature.
-"""
+target has not been yet, in a draft, the head's own output takes the place of the feature."""
 from dataclasses import dataclass
 
 import torch

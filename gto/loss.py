@@ -1,8 +1,7 @@
 """The losses: token-level training (phase I) and the objectives of phase II, one equation a function.
 
 To try an objective of your own, write a function like `keep_objective` and name it in OBJECTIVES: `train.py
---objective` then knows it. The reward (eq. 3-5) is `gto.rollout.tree_reward`.
-"""
+--objective` then knows it. The reward (eq. 3-5) is `gto.rollout.tree_reward`."""
 from typing import NamedTuple
 
 import torch
@@ -15,13 +14,13 @@ from gto.rollout import Text, rollout_trees, sequence_log_prob
 from gto.tree import TreeShape
 
 
-def soft_labels(target_logits, token_ids, temperature=1.0):
+def soft_labels(target, text, token_ids, temperature=1.0):
     """What the head is taught: the target's distribution over the draft vocabulary, sharpened by a temperature below 1.
 
-    target_logits [B, T, V]; token_ids [V'] target id of every draft id -> labels [B, T, V'], teachable [B, T] bool:
-    False where the draft vocabulary lacks the target's arg-max, as the renormalised label would teach another token."""
-    labels = (target_logits.float()[..., token_ids] / temperature).softmax(-1)
-    return labels, torch.isin(target_logits.argmax(-1), token_ids)
+    text [B, T]; token_ids [V'] target id of every draft id -> labels [B, T, V'], teachable [B, T] bool: False where the
+    draft vocabulary lacks the target's arg-max, as the renormalised label would teach another token."""
+    logits = F.linear(text.hidden, target.unembed.weight[token_ids]).float()          # [B, T, V']
+    return (logits / temperature).softmax(-1), torch.isin(text.choice, token_ids)
 
 
 def token_loss(log_q, labels, weight, total=None, decay=0.8):
@@ -38,20 +37,22 @@ def token_loss(log_q, labels, weight, total=None, decay=0.8):
     return (per_step * steps).sum() / steps.sum()
 
 
-def unroll_text(config, head, text):
-    """Training-time test over a whole batch: every slot starts a chain along the true text.
+def unroll_text(config, target, head, text):
+    """Training-time test over a whole batch: every slot starts a chain along the true text, up to the last whose chain
+    fits the text, from the first behind which any text has something to learn.
 
     Returns log_q, labels [B, R, J+1, V'] and weight [B, R, J+1] bool, see `token_loss`."""
-    B, T = text.tokens.shape
-    J = config.unroll
-    slots = torch.arange(T - J - 2, device=text.tokens.device)                        # roots whose chain fits the text
+    (B, T), J = text.tokens.shape, config.unroll
+    learnt = learnt_positions(text.supervised, J)                                     # [B, T-J-2, J+1]
+    first = int(learnt[..., 0].any(0).byte().argmax())
+    slots = torch.arange(first, T - J - 2, device=text.tokens.device)                 # [R]
     # Root slot r predicts token r+2, step j token r+2+j; the target's distribution of it stands at r+1+j.
     positions = slots[:, None] + torch.arange(J + 1, device=slots.device)             # [R, J+1]
     chains = text.tokens[:, positions[:, :-1] + 2]                                    # [B, R, J]
     hidden = head.unroll(text.features, text.tokens, slots.expand(B, -1), chains)
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
-    labels, teachable = soft_labels(text.logits, head.token_ids, config.label_temperature)
-    weight = teachable[:, positions + 1] & learnt_positions(text.supervised, J)
+    labels, teachable = soft_labels(target, text, head.token_ids, config.label_temperature)
+    weight = teachable[:, positions + 1] & learnt[:, first:]
     return log_q, labels[:, positions + 1], weight
 
 
@@ -127,8 +128,9 @@ def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):
     is made soft. As in acceptance, a step counts only with all before it; one far above the cut gets no gradient.
     threshold, width in nats; temperature of the scores"""
     text, (_, R, steps) = batch.text, batch.weight.shape
-    own = text.logits[:, :-1].argmax(-1) == text.tokens[:, 1:]                        # [B, T-1] t+1 is its own choice
-    slots = torch.arange(R, device=own.device)[:, None] + torch.arange(1, steps, device=own.device)   # [R, J]
+    first = text.tokens.shape[1] - steps - 1 - R                                      # slot of the first chain
+    own = text.choice[:, :-1] == text.tokens[:, 1:]                        # [B, T-1] t+1 is its own choice
+    slots = torch.arange(first, first + R, device=own.device)[:, None] + torch.arange(1, steps, device=own.device)
     on_path = (F.pad(own[:, slots], (1, 0), value=True) & batch.weight).cumprod(-1).bool()   # [B, R, J+1] all so far
     best = batch.labels.argmax(-1, keepdim=True)
     score = torch.log_softmax(batch.log_q / temperature, -1).gather(-1, best).squeeze(-1)

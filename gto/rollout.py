@@ -1,14 +1,13 @@
 """Phase II's experience: draft trees at groups of positions of a text, and what the target makes of them.
 
 Nothing here but `sequence_log_prob` carries a gradient. All trees of a batch are drafted and verified side by side and
-share their sequence's keys and values: a tree names its cache row and how much of it it sees.
-"""
+share their sequence's keys and values: a tree names its cache row and how much of it it sees."""
 from typing import NamedTuple
 
 import torch
 
 from gto.model import KV, Prefix
-from gto.tree import draft_tree
+from gto.tree import draft_tree, rows
 from gto.verify import accept
 from kernels.acceptance import score_nodes
 
@@ -17,7 +16,8 @@ class Text(NamedTuple):
     """A batch of sequences as the frozen target sees it."""
     tokens: torch.Tensor      # [B, T]
     features: torch.Tensor    # [B, T, 3 * dim]
-    logits: torch.Tensor      # [B, T, V]
+    hidden: torch.Tensor      # [B, T, dim] behind the last norm, for `target.logits`
+    choice: torch.Tensor      # [B, T] the likeliest next token
     kv: KV
     supervised: torch.Tensor  # [B, T] bool: tokens to learn, written by the target or by the assistant it is to follow
 
@@ -35,7 +35,8 @@ def target_forward(target, tokens, supervised=None):
     hidden, features, keys, values = target(tokens)
     supervised = torch.ones_like(tokens, dtype=torch.bool) if supervised is None else supervised
     kv = KV([k.contiguous() for k in keys], [v.contiguous() for v in values])         # not views of wider projections
-    return Text(tokens, features, target.logits(hidden), kv, supervised)
+    choice = torch.stack([target.logits(row).argmax(-1) for row in hidden])           # not the logits of all at once
+    return Text(tokens, features, hidden, choice, kv, supervised)
 
 
 def sample_groups(supervised, groups, size, depth, generator):
@@ -64,14 +65,25 @@ def rollout_trees(target, head, text, roots, shape, aggregator="lse", eta=1.0):
     length = slot + 1                                                                 # true slots, before the root
     tree = draft_tree(head, hidden[sequence, slot], text.tokens[sequence, length], Prefix(kv, length, sequence),
                       shape, temperature=1.0)
-    hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, Prefix(text.kv, length, sequence),
-                        keep_kv=False)
-    choice, log_prob = score_nodes(target.logits(hidden), tree.tokens, tree.parents)  # [B * R, N]
+    choice, log_prob = score_inner_nodes(target, tree, Prefix(text.kv, length, sequence))        # [B * R, N]
     _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [B * R]
     path, num_accepted, _ = accept(tree, choice, shape.depth + 1)
     rejected = torch.arange(shape.depth, device=roots.device) >= num_accepted[:, None]
     accepted = tree.tokens.gather(1, path)[:, 1:].masked_fill(rejected, 0)            # [B * R, depth]
     return Trees(reward.view(B, R), accepted.view(B, R, -1), num_accepted.view(B, R))
+
+
+def score_inner_nodes(target, tree, prefix, temperature=0.0):
+    """`score_nodes` of a tree, by a target forward over its inner nodes alone, half of them all: how likely a leaf is,
+    its parent says. The choice at a leaf is not to be used."""
+    inner = torch.zeros_like(tree.mask[:, 0]).scatter(1, tree.parents, True)          # [B, N]
+    width, slot = int(inner.sum(1).max()), inner.cumsum(1) - 1                        # slot: where an inner node goes
+    nodes = inner.byte().argsort(dim=1, descending=True, stable=True)[:, :width]      # [B, W], leaves fill it up
+    mask = rows(rows(tree.mask, nodes).mT, nodes).mT                                  # [B, W, W]
+    positions, uniform = prefix.length[:, None] + rows(tree.depth, nodes), torch.rand_like(nodes, dtype=torch.float)
+    hidden, *_ = target(rows(tree.tokens, nodes), positions, mask, prefix, keep_kv=False)
+    choice, log_prob = score_nodes(target.logits(hidden), tree.tokens, rows(slot, tree.parents), temperature, uniform)
+    return rows(choice, slot), log_prob
 
 
 def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
@@ -99,7 +111,7 @@ def sequence_log_prob(head, text, roots, trees):
     """log M(S | prefix) of every root's longest accepted sequence, [B, R]. With gradient, unless under no_grad."""
     hidden = head.unroll(text.features, text.tokens, roots, trees.accepted[..., :-1])  # [B, R, depth, dim]
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, depth, V']
-    draft_id = torch.zeros(text.logits.shape[-1], dtype=torch.long, device=roots.device)
+    draft_id = torch.zeros(head.config.vocab_size, dtype=torch.long, device=roots.device)
     draft_id[head.token_ids] = torch.arange(len(head.token_ids), device=roots.device)
     log_q = log_q.gather(-1, draft_id[trees.accepted][..., None]).squeeze(-1)         # [B, R, depth]
     inside = torch.arange(log_q.shape[-1], device=roots.device) < trees.length[..., None]

@@ -1,13 +1,13 @@
 """Tokenizers: a byte-level BPE trained from scratch, tiktoken's rank files, and the text of tokens as they arrive.
 
 A rank file, the format of Llama 3's `tokenizer.model`, has per line base64(bytes of the token), a space, the rank. The
-rank is the token's id, and its priority: tiktoken merges the pair whose result has the lowest rank first.
-"""
+rank is the token's id, and its priority: tiktoken merges the pair whose result has the lowest rank first."""
 import base64
-import binascii
 import codecs
 import heapq
 import json
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -24,24 +24,44 @@ END_OF_TEXT = "<|end_of_text|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>")
 
 
-def make_encoding(name, pattern, ranks, specials, kind=tiktoken.Encoding):
-    """An encoding from its parts; kind: tiktoken.Encoding or a subclass. UserError if they contradict each other."""
-    ids = [*ranks.values(), *specials.values()]
-    if len(set(ids)) < len(ids) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise UserError(f"{name}: not a byte-level vocabulary with all 256 bytes and a distinct id for each token")
-    try:
-        return kind(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    except ValueError as error:
-        raise UserError(f"{name}: tiktoken does not understand the split pattern ({error})") from None
+class Encoding(tiktoken.Encoding):
+    """Two things that tiktoken does not do: compose characters before (Unicode NFC, Qwen), and bear bytes without a
+    token (SmolLM2), which vanish from the pieces that the pattern has cut, before these are merged."""
+
+    def encode(self, text, allowed_special="all"):
+        """Special tokens in the text become their ids, each stretch between two of them is encoded by itself."""
+        specials, ids = self._special_tokens, []                  # private, but the documented way
+        names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)"          # (?!): nowhere
+        for part in re.split(f"({names})", text):
+            ids += [specials[part]] if part in specials else self.encode_ordinary(part)
+        return ids
+
+    def encode_ordinary(self, text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")      # as tiktoken mends surrogates
+        text = unicodedata.normalize(self.normalizer, text) if self.normalizer else text
+        if len(text.encode().translate(None, self.unknown)) == len(text.encode()):
+            return super().encode_ordinary(text)
+        pieces = (match[0].encode().translate(None, self.unknown) for match in regex.finditer(self._pat_str, text))
+        return [token for piece in pieces if piece for token in self._encode_single_piece(piece)]
+
+
+def make_encoding(name, pattern, ranks, specials, normalizer=None):
+    """An encoding from its parts. ValueError if they contradict each other."""
+    ids, single = [*ranks.values(), *specials.values()], [bytes([byte]) for byte in range(256)]
+    if len(set(ids)) < len(ids) or not ranks.keys() >= set(single[32:127]):
+        raise ValueError("not a byte-level vocabulary with a distinct id for each token")
+    encoding = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    encoding.normalizer, encoding.unknown = normalizer, b"".join(byte for byte in single if byte not in ranks)
+    return encoding
 
 
 def read_own_meta(directory):
     """meta.json of prepare_data.py, or None; other programs write files of that name too."""
     try:
         meta = json.loads(Path(directory, "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return meta if meta.keys() >= {"pattern", "special_tokens", "eot_id"} else None
+    except (OSError, ValueError, AttributeError):
         return None
-    return meta if isinstance(meta, dict) and {"pattern", "special_tokens", "eot_id"} <= meta.keys() else None
 
 
 def save_tokenizer(path, encoding):
@@ -56,7 +76,7 @@ def save_tokenizer(path, encoding):
 def end_of_text_id(encoding):
     """The id that separates documents. UserError if the tokenizer has none of the usual ones."""
     for name in END_OF_TEXT_NAMES:
-        if name in encoding._special_tokens:                      # private, but the documented way
+        if name in encoding._special_tokens:
             return encoding._special_tokens[name]
     raise UserError(f"the tokenizer {encoding.name} has no end-of-text token (one of {', '.join(END_OF_TEXT_NAMES)})")
 
@@ -80,7 +100,7 @@ def token_bytes(encoding, token):
     """Bytes of one id; U+FFFD for an id the tokenizer lacks (models pad their vocabulary to a round size)."""
     try:
         return encoding.decode_single_token_bytes(token)
-    except KeyError:
+    except (KeyError, IndexError):
         return "\ufffd".encode()
 
 
@@ -90,41 +110,35 @@ def train_bpe(texts, vocab_size, pattern):
 
     Candidates are counted by the bytes they would make, not by their two halves: tiktoken merges any neighbours whose
     joined bytes are in the table. Ties go to the smallest bytes. A merge touches only the words that hold the pair."""
-    counts = Counter(word for text in texts for word in regex.findall(pattern, text))
-    words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in counts]
-    frequency = list(counts.values())
+    frequency = Counter(word for text in texts for word in regex.findall(pattern, text))
+    words = {word: [bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in frequency}
+    pair_count, pair_words = Counter(), defaultdict(set)          # joined bytes -> occurrences, words
+    changed, heap, ranks = set(), [], {bytes([byte]): byte for byte in range(256)}
 
-    pair_count, pair_words = Counter(), defaultdict(set)          # joined bytes -> occurrences, indices of words
-    for index, word in enumerate(words):
-        for left, right in zip(word, word[1:]):
-            pair_count[left + right] += frequency[index]
-            pair_words[left + right].add(index)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
-    heapq.heapify(heap)
+    def count(word, sign):
+        for pair in map(bytes.__add__, words[word], words[word][1:]):
+            pair_count[pair] += sign * frequency[word]
+            pair_words[pair].add(word)
+            changed.add(pair)
 
-    ranks = {bytes([byte]): byte for byte in range(256)}
+    for word in words:
+        count(word, 1)
     with tqdm(total=vocab_size, initial=256, desc="train BPE", disable=None, unit="token") as bar:
-        while len(ranks) < vocab_size and heap:
-            count, pair = heapq.heappop(heap)
-            if -count != pair_count[pair]:
-                continue                                          # outdated: the current count is in the heap too
-            if -count < 2:
+        while len(ranks) < vocab_size:
+            for pair in changed:
+                heapq.heappush(heap, (-pair_count[pair], pair))
+            changed.clear()
+            occurrences, pair = heapq.heappop(heap) if heap else (0, b"")
+            if -occurrences < 2:
                 break
-            if pair not in ranks:                                 # b"abc" can return as a|bc after ab|c
-                ranks[pair] = len(ranks)
-                bar.update()
-            changed = set()
-            for index in pair_words.pop(pair):
-                old, words[index] = words[index], merge_pair(words[index], pair)
-                for word, sign in (old, -1), (words[index], 1):
-                    for left, right in zip(word, word[1:]):
-                        pair_count[left + right] += sign * frequency[index]
-                        if sign > 0:
-                            pair_words[left + right].add(index)
-                        changed.add(left + right)
-            for key in changed:
-                if pair_count[key] > 0:
-                    heapq.heappush(heap, (-pair_count[key], key))
+            if -occurrences != pair_count[pair]:
+                continue                                          # outdated: the current count is in the heap too
+            ranks.setdefault(pair, len(ranks))                    # b"abc" can return as a|bc after ab|c
+            bar.update(len(ranks) - bar.n)
+            for word in pair_words.pop(pair):
+                count(word, -1)
+                words[word] = merge_pair(words[word], pair)
+                count(word, 1)
     return ranks
 
 
@@ -147,12 +161,8 @@ def save_ranks(path, ranks):
 def read_ranks(path):
     """The inverse of save_ranks, or None if the file is something else. (tiktoken's own reader caches by *path*: a
     tokenizer trained again into the same file would come back as the old one.)"""
-    ranks = {}
-    with open(path, "rb") as file:
-        for line in filter(None, map(bytes.strip, file)):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, binascii.Error):
-                return None
-    return ranks or None
+    try:
+        lines = [line.split() for line in Path(path).read_bytes().splitlines() if line]
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in lines} or None
+    except (OSError, ValueError):
+        return None

@@ -12,19 +12,21 @@ from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
 from gto.loss import Batch, learnt_positions, token_loss, unroll_text
 from gto.model import ModelConfig, Target, small_normal
-from gto.rollout import sample_groups, target_forward
+from gto.rollout import Text, sample_groups, target_forward
 from gto.tree import TreeShape
 from gto.util import append_log, average, rank, ranks
 from gto.verify import Sampling
 from kernels.muon import Muon
 
-SAVE_EVERY = 200    # steps
+SAVE_EVERY = 200        # steps
+KEPT_BYTES = 2 << 30    # of what the target makes of the texts: more is computed anew in every step
 
 
 class Texts(NamedTuple):
     """What heads are trained on."""
     tokens: torch.Tensor        # [n, T]
     supervised: torch.Tensor    # [n, T] bool: tokens to learn
+    seen: dict                  # by row, what the frozen target makes of it, see `as_seen`
 
 
 class Stage(NamedTuple):
@@ -66,7 +68,7 @@ def write_texts(config, target, corpus):
         engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)
         texts.append(torch.tensor(engine.complete(prompts, config.length - config.prompt_length)))
     tokens = torch.cat(texts)
-    return Texts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
 def new_head(config, target, texts):
@@ -128,11 +130,26 @@ def sample_batch(part, stage, config, target, head, reference, texts):
     mine = slice(first, first + stage.batch)
     # Behind the last token to learn only the chains' ends are needed.
     width = int(supervised[mine].any(0).nonzero().max()) + 1 + config.unroll
-    text = target_forward(target, texts.tokens[rows[mine], :width].to(device, torch.long),
-                          supervised[mine, :width].to(device))
-    log_q, labels, weight = unroll_text(config, head, text)
+    text = as_seen(target, texts, rows[mine], width, with_kv=reference is not None)
+    log_q, labels, weight = unroll_text(config, target, head, text)
     return Batch(config, target, head, reference, text, log_q, labels, weight, total,
                  roots[mine].to(device), group_weight[mine].to(device))
+
+
+def as_seen(target, texts, rows, width, with_kv):
+    """Texts [B] as the frozen target sees them, cut to `width` -> Text. A head meets them many times: what it learns
+    from is kept, where it fits into memory, of each text run alone, so that no batch leaves its rounding errors in it.
+    The keys and values that trees need are larger, and not kept."""
+    device, like = target.norm.weight.device, target.norm.weight
+    tokens, supervised = (x[rows, :width].to(device) for x in (texts.tokens.long(), texts.supervised))
+    size = texts.tokens.numel() * 4 * target.config.dim * like.itemsize
+    if with_kv or size > KEPT_BYTES or ranks() > 1:              # ranks run a spread target together
+        return target_forward(target, tokens, supervised)
+    for row in set(rows.tolist()) - texts.seen.keys():
+        text = target_forward(target, texts.tokens[row:row + 1].to(device, torch.long))
+        texts.seen[row] = text.features, text.hidden, text.choice
+    kept = (torch.cat(parts)[:, :width] for parts in zip(*(texts.seen[row] for row in rows.tolist())))
+    return Text(tokens, *kept, None, supervised)
 
 
 def optimizers_for(model, muon_lr, adam_lr):
@@ -145,18 +162,13 @@ def optimizers_for(model, muon_lr, adam_lr):
     return [Muon(hidden, muon_lr), adam] if hidden else [adam]
 
 
-def learning_rate(step, steps, warmup):
-    """Factor of the peak rate: linear warm-up, then linear to zero."""
-    return min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
-
-
 def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulate=1):
     """Run all optimiser steps; what an interrupted run needs to go on is kept in out/<name>.partial.pt.
 
     loss_of(part) -> (loss, {metric: value}); a step takes the mean over its `accumulate` parts, numbered on through the
     training, and over the ranks of a torchrun. It must be a pure function of `part`, the rank and the model: then a
-    resumed run equals an uninterrupted one bit for bit (on a CPU). optimizers: their `lr` is the peak; warmup: steps of
-    rising learning rate; clip: gradient norm. Returns the seconds that the training took, interruptions left out."""
+    resumed run equals an uninterrupted one bit for bit (on a CPU). optimizers: their `lr` is the peak, reached after
+    `warmup` steps; then it falls to 0, linearly too. clip: gradient norm. Returns the seconds without interruptions."""
     name, steps, partial, log = stage.name, stage.steps, Path(out) / f"{stage.name}.partial.pt", Path(out) / "log.jsonl"
     start, seconds = 0, 0.0
     if partial.exists():
@@ -182,7 +194,7 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
         average([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         for group in groups:
-            group["lr"] = group["peak"] * learning_rate(step, steps, warmup)
+            group["lr"] = group["peak"] * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

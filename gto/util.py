@@ -72,10 +72,10 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def one_thread_on_cpu(device):
-    """For decoding one sequence on a CPU: its matrix products are so small that waking a second thread costs more than
-    it brings (measured: twice as slow with two). Training wants them all."""
-    if torch.device(device).type == "cpu":
+def one_thread_if_small(target):
+    """For decoding one sequence on a CPU: a small target's matrix products are over before a second thread is awake
+    (measured: twice as slow with two). A large one's wait for memory, and training's are large: these want them all."""
+    if target.norm.weight.device.type == "cpu" and sum(p.numel() for p in target.parameters()) < 30_000_000:
         torch.set_num_threads(1)
 
 

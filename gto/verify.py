@@ -13,8 +13,7 @@ p(x) = 0 and renormalise), reaches and takes child i with probability (1 - p_1 -
 p_{i-1}) = p_i, and what is left is p without the children: the same distribution, by one draw instead of many.
 
 The draws of all nodes are independent, so they can be made for all nodes at once, whether or not a node is reached:
-"walk down from the root" then becomes "a node is accepted if it and all its ancestors match", `accept`.
-"""
+"walk down from the root" then becomes "a node is accepted if it and all its ancestors match", `accept`."""
 from dataclasses import dataclass
 
 import torch

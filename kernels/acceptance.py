@@ -5,8 +5,7 @@ chunks, each read once by one program: its largest logit and the sum of exp(logi
 row a second kernel has the log-sum-exp. At T=0 the choice is the arg-max of the best chunk. At T>0 it is a sample by
 inverse CDF, from ONE uniform number u: the chunk sums say in which chunk the cumulated probability passes u, and only
 that chunk is read again to find the token. (Gumbel noise would need a random number for every logit: eight times the
-work of the whole scan.) What the target thinks of a node's token is one gathered logit minus the parent's log-sum-exp.
-"""
+work of the whole scan.) What the target thinks of a node is one gathered logit minus the parent's log-sum-exp."""
 import math
 
 import torch
@@ -20,13 +19,13 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
     """What the target chooses at every node, and what it thinks of every node's token.
 
     logits   [B, N, V]  the target's logits after each node; -inf masks a token out
-    tokens   [B, N]     node tokens; node 0 is the root. None: only the choices are wanted, log_prob is None
-    parents  [B, N]     index of each node's parent; the root is its own parent
+    tokens   [B, M]     node tokens; node 0 is the root. None: only the choices are wanted, log_prob is None
+    parents  [B, M]     where in `logits` each node's parent is: with M > N, those of leaves are not there
     temperature         0: the choice is the arg-max (the lowest index among ties), and log_prob is at temperature 1;
                         otherwise both are at this temperature
     uniform  [B, N]     random numbers in [0, 1), one per node, needed where temperature > 0
     Returns  choice [B, N] int64, the target's next token after each node;
-             log_prob [B, N] float32, log T(token of the node | prefix, ancestors); 0 for the root"""
+             log_prob [B, M] float32, log T(token of the node | prefix, ancestors); 0 for the root"""
     run = score_nodes_triton if use_triton(logits) else score_nodes_reference
     return run(logits, tokens, parents, temperature, uniform)
 
@@ -40,7 +39,7 @@ def score_nodes_reference(logits, tokens=None, parents=None, temperature=0.0, un
     if tokens is None:
         return choice, None
     log_p = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)          # [B, N, V]
-    log_prob = log_p[torch.arange(len(tokens), device=tokens.device)[:, None], parents, tokens]  # [B, N]
+    log_prob = log_p[torch.arange(len(tokens), device=tokens.device)[:, None], parents, tokens]  # [B, M]
     return choice, log_prob.index_fill(1, torch.zeros(1, dtype=torch.long, device=tokens.device), 0.0)
 
 
@@ -88,10 +87,9 @@ def _first_above(mass, threshold, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, tokens_ptr, parents_ptr, uniform_ptr, choice_ptr,
-                   log_prob_ptr, N, V, logits_b, logits_n, chunks, scale,
-                   CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr):
-    """One row: the target's choice, and the log-probability of the node's token under its parent's row."""
+def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, uniform_ptr, choice_ptr, N, V, logits_b, logits_n, chunks,
+                   scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr):
+    """One row: the target's choice."""
     row = tl.program_id(0)
     b, chunk = (row // N).to(tl.int64), tl.arange(0, CHUNKS)
     if GREEDY:
@@ -109,12 +107,18 @@ def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, tokens_ptr, parents_p
         first, _ = _first_above(tl.exp2(x * scale - top), (threshold - before) * tl.exp2(row_top - top), CHUNK)
         choice = taken * CHUNK + first
     tl.store(choice_ptr + row, choice.to(tl.int64))
-    if tokens_ptr is not None:
-        parent = tl.load(parents_ptr + row)
-        mass, row_top = _row_mass(top_ptr, sum_ptr, b * N + parent, chunks, scale, CHUNKS)
-        x = tl.load(logits_ptr + b * logits_b + parent * logits_n + tl.load(tokens_ptr + row)).to(tl.float32)
-        log_prob = (x * scale - row_top - tl.log2(tl.sum(mass, axis=0))) * 0.6931471805599453  # base 2 to base e
-        tl.store(log_prob_ptr + row, tl.where(row % N == 0, 0.0, log_prob))
+
+
+@triton.jit
+def _log_prob_kernel(logits_ptr, top_ptr, sum_ptr, tokens_ptr, parents_ptr, log_prob_ptr, N, M, logits_b, logits_n,
+                     chunks, scale, CHUNKS: tl.constexpr):
+    """One node: the log-probability of its token under its parent's row."""
+    node = tl.program_id(0)
+    b, parent = (node // M).to(tl.int64), tl.load(parents_ptr + node)
+    mass, row_top = _row_mass(top_ptr, sum_ptr, b * N + parent, chunks, scale, CHUNKS)
+    x = tl.load(logits_ptr + b * logits_b + parent * logits_n + tl.load(tokens_ptr + node)).to(tl.float32)
+    log_prob = (x * scale - row_top - tl.log2(tl.sum(mass, axis=0))) * 0.6931471805599453      # base 2 to base e
+    tl.store(log_prob_ptr + node, tl.where(node % M == 0, 0.0, log_prob))
 
 
 def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
@@ -124,14 +128,14 @@ def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, unifo
     top, total = torch.empty(2, B * N, chunks, dtype=torch.float32, device=device)
     best = torch.empty(B * N, chunks, dtype=torch.int32, device=device) if greedy else None
     choice = torch.empty(B, N, dtype=torch.long, device=device)
-    log_prob = None if tokens is None else torch.empty(B, N, dtype=torch.float32, device=device)
-    if tokens is not None:
-        tokens, parents = tokens.contiguous(), parents.contiguous()
-    row = N, V, *logits.stride()[:2], chunks
-    scale = math.log2(math.e) / (temperature or 1.0)
-    _scan_kernel[(B * N * chunks,)](logits, top, total, best, *row, scale,
+    row, scale = (*logits.stride()[:2], chunks), math.log2(math.e) / (temperature or 1.0)
+    _scan_kernel[(B * N * chunks,)](logits, top, total, best, N, V, *row, scale,
                                     CHUNK=chunk, GREEDY=greedy, SUM=not greedy or tokens is not None)
-    _choose_kernel[(B * N,)](logits, top, total, best, tokens, parents, None if greedy else uniform.contiguous(),
-                             choice, log_prob, *row, scale,
-                             CHUNK=chunk, CHUNKS=next_power_of_2(chunks), GREEDY=greedy)
+    _choose_kernel[(B * N,)](logits, top, total, best, None if greedy else uniform.contiguous(), choice, N, V, *row,
+                             scale, CHUNK=chunk, CHUNKS=next_power_of_2(chunks), GREEDY=greedy)
+    if tokens is None:
+        return choice, None
+    log_prob = torch.empty(tokens.shape, dtype=torch.float32, device=device)
+    _log_prob_kernel[(tokens.numel(),)](logits, top, total, tokens.contiguous(), parents.contiguous(), log_prob, N,
+                                        tokens.shape[1], *row, scale, CHUNKS=next_power_of_2(chunks))
     return choice, log_prob

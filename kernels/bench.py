@@ -1,12 +1,9 @@
 """Are the kernels faster than what PyTorch offers? One table per question, on one GPU: python -m kernels.bench
 
-Results are compared with float64 first. A time is the median over replays of a CUDA graph, which holds one call after
-another; the launch gaps within a call count, since a decoder pays them too. The calls walk over copies of the large
-input that together exceed the L2 cache several times, so that each finds it cold, as it is in a decoder that has just
-read gigabytes of weights. "copy" is what moving bytes alone takes: of the keys, or of the logits.
-"""
+A time is the median over replays of a CUDA graph, which holds one call after another. The calls walk over copies of the
+large input that together exceed the L2 cache several times, so that each finds it cold, as it is in a decoder that has
+just read gigabytes of weights. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
 import argparse
-import itertools
 import json
 import sys
 
@@ -19,39 +16,29 @@ from kernels import acceptance, tree_attention, triton
 COLD = 256 * 2**20                                                     # bytes to walk over: five L2 caches of an H200
 D = 128                                                                # head size
 compiled_flex = torch.compile(flex_attention, dynamic=False)
+compiled_scoring = torch.compile(acceptance.score_nodes_reference, dynamic=False)
 
 
 def randn(*shape):
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
-def microseconds(calls, copies, want=None, tolerance=2e-2):
+def microseconds(calls, copies, want, tolerance):
     """{name: call(i), i = 0 .. copies-1} -> {name: microseconds a call}; None: it does not run here, or is wrong."""
     times = {}
     for name, call in calls.items():
-        def walk():
-            for i in range(copies):
-                call(i)
         try:
-            if want is not None and name != "copy":
-                torch.testing.assert_close(call(0).double().reshape(want.shape), want, atol=tolerance, rtol=tolerance)
-            times[name] = triton.testing.do_bench_cudagraph(walk, return_mode="median") * 1000 / copies
+            if name != "copy":
+                torch.testing.assert_close(call(0).reshape(want.shape), want, atol=tolerance, rtol=tolerance,
+                                           check_dtype=False)
+            times[name] = 1000 / copies * triton.testing.do_bench_cudagraph(
+                lambda: [call(i) for i in range(copies)], return_mode="median")
         except Exception as error:                                     # a peer may lack a kernel for a shape
             if name == "ours":
                 raise
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             times[name] = None
     return times
-
-
-@torch.compile(dynamic=True)
-def tree_part_and_merge(q, k, v, visible, prefix_out, prefix_lse):
-    """The masked tree part in plain PyTorch, merged with attention over the prefix by its log-sum-exp."""
-    scores = ((q @ k.mT).float() / D**0.5).masked_fill(~visible, float("-inf"))       # [1, G, rows, N]
-    lse = scores.logsumexp(-1, keepdim=True)
-    out = ((scores - lse).exp().to(v.dtype) @ v).float()
-    weight = torch.sigmoid(prefix_lse[..., None] - lse)
-    return (out + weight * (prefix_out.float() - out)).to(q.dtype)
 
 
 def attention(H, G, N, S):
@@ -69,43 +56,28 @@ def attention(H, G, N, S):
     options = {"BLOCK_M": 64} if H // G * N > 128 else None            # the default, all rows, ends at 128
     length, target = torch.tensor([S], device="cuda"), torch.empty_like(K[0])
 
-    def flash_and_merge(i):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(rows, K[i, :, :, :S], V[i, :, :, :S])
-        return tree_part_and_merge(rows, K[i, :, :, tree], V[i, :, :, tree], sees[:, tree], out, lse)
-
     calls = {
         "ours": lambda i: tree_attention.tree_attention(
             q, K[i, :, :, tree], V[i, :, :, tree], visible[None, :, tree], K[i], V[i], length),
         "SDPA": lambda i: F.scaled_dot_product_attention(rows, K[i], V[i], attn_mask=bias),
         "FlexAttention": lambda i: compiled_flex(q, K[i], V[i], block_mask=blocks, enable_gqa=H != G,
                                                  kernel_options=options),
-        "flash + merge": flash_and_merge,
         "copy": lambda i: target.copy_(K[i])}                          # reads and writes: as many bytes as K and V
     want = F.scaled_dot_product_attention(rows.double(), K[0].double(), V[0].double(), attn_mask=sees).view_as(q)
-    return {"heads": f"{H}/{G}", "nodes": N, "prefix": S} | microseconds(calls, copies, want)
-
-
-@torch.compile(dynamic=False)
-def plain_scoring(logits, tokens, parents, temperature):
-    """torch.multinomial makes the same draw, but waits for the host to check p: no graph could hold it."""
-    log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)                   # [N, V]
-    choice = (log_p.exp() / torch.empty_like(log_p).exponential_() if temperature else logits).argmax(-1)
-    return choice, log_p[parents, tokens]
+    return {"heads": f"{H}/{G}", "nodes": N, "prefix": S} | microseconds(calls, copies, want, 2e-2)
 
 
 def scoring(temperature, N=60, V=128_256):
     """What the target would choose after each of N nodes, and what it thinks of the nodes' tokens."""
     copies = 1 + COLD // (N * V * 2)
-    logits, target = 3 * randn(copies, N, V), randn(N, V)
-    tokens, uniform = torch.randint(V, (N,), device="cuda"), torch.rand(1, N, device="cuda")
-    parents = (torch.arange(N, device="cuda") - 1).clamp(min=0)
-    calls = {
-        "ours": lambda i: acceptance.score_nodes(logits[i, None], tokens[None], parents[None], temperature,
-                                                 uniform)[1][0, 1:],                  # the root has no log-probability
-        "compiled PyTorch": lambda i: plain_scoring(logits[i], tokens, parents, temperature)[1][1:],
-        "copy": lambda i: target.copy_(logits[i])}
-    want = (logits[0].double() / (temperature or 1.0)).log_softmax(-1)[parents, tokens][1:]
-    return {"temperature": temperature} | microseconds(calls, copies, want, tolerance=1e-4)
+    logits, target = 3 * randn(copies, 1, N, V), randn(1, N, V)
+    tokens, uniform = torch.randint(V, (1, N), device="cuda"), torch.rand(1, N, device="cuda")
+    rest = tokens, (torch.arange(N, device="cuda") - 1).clamp(min=0)[None], temperature, uniform
+    calls = {"ours": lambda i: acceptance.score_nodes(logits[i], *rest)[1],
+             "compiled PyTorch": lambda i: compiled_scoring(logits[i], *rest)[1],
+             "copy": lambda i: target.copy_(logits[i])}
+    _, want = acceptance.score_nodes_reference(logits[0].double(), *rest)
+    return {"temperature": temperature} | microseconds(calls, copies, want, 1e-4)
 
 
 @torch.no_grad()
@@ -116,8 +88,8 @@ def main():
         sys.exit(2)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64                          # flex_attention compiles once per shape
-    shapes = itertools.product([32], [8, 32], [1, 16, 60], [512, 4096, 32768])
-    questions = {"tree attention": (attention(*shape) for shape in shapes),
+    questions = {"tree attention": (attention(32, G, N, S) for G in (8, 32) for N in (1, 16, 60)
+                                    for S in (512, 4096, 32768)),
                  "scoring 60 nodes x 128,256 logits": (scoring(temperature) for temperature in (0.0, 1.0))}
     for question, rows in questions.items():
         rows = questions[question] = list(rows)

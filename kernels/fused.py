@@ -1,8 +1,7 @@
 """The element-wise steps of a decoder layer, each one kernel instead of three to eight.
 
 Decoding one token runs hundreds of kernels that each last about as long as it takes to start one: here fewer kernels
-are faster, whatever they do. Every kernel reads its input once and computes in float32.
-"""
+are faster, whatever they do. Every kernel reads its input once and computes in float32."""
 import torch
 
 from kernels import next_power_of_2, tl, triton, use_triton

@@ -9,8 +9,7 @@ weighted sum of values, which it scales down whenever a larger score turns up: t
 split goes on with the tree's own keys, the only ones that need the ancestor mask. Every split writes its normalised
 output and its log-sum-exp; a second kernel averages the outputs, weighted by exp(log-sum-exp).
 The number of splits depends on shapes only; where a split begins is worked out from the length *on the device*, so
-that nothing waits for the host and one captured CUDA graph serves every length.
-"""
+that nothing waits for the host and one captured CUDA graph serves every length."""
 import math
 
 import torch

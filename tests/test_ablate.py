@@ -61,7 +61,7 @@ def test_path_probabilities_equal_plain_forwards(T):
     target, _ = tiny_models(seed=2)
     text = target_forward(target, torch.randint(29, (2, 12), generator=torch.Generator().manual_seed(2)))
     rows, length = torch.tensor([0, 1, 1]), torch.tensor([4, 9, 6])
-    tokens, parents, scores = draft_candidates(TargetAsHead(target), text.logits[rows, length],
+    tokens, parents, scores = draft_candidates(TargetAsHead(target), target.logits(text.hidden[rows, length]),
                                                Prefix(text.kv, length + 1, rows), SHAPE, 1.0)
     found = path_log_prob(target, text.tokens[rows, length], tokens, parents, Prefix(text.kv, length, rows), SHAPE, T)
     if T == 1:

@@ -8,8 +8,9 @@ import torch
 from gto import checkpoint
 from gto.bench import __main__ as bench
 from gto.engine import Engine, cut
-from gto.evaluate import Decoded, greedy_depth, timed
-from gto.ltd.policy import Learned, Rule, Space, save_policy
+from gto.evaluate import Decoded, FixedText, greedy_depth, tau_and_misalignment, timed
+from gto.released import chat
+from gto.rollout import target_forward
 from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, make_encoding, save_tokenizer
 from gto.tree import Tree, TreeShape, ancestor_mask
 from gto.util import UserError
@@ -62,9 +63,13 @@ def test_misalignment_equals_a_recount_by_decoding():
             start += accepted + 1
         shares.append(torch.tensor(cycles).mean(0))
     pruned, matched = torch.stack(shares).mean(0).tolist()
-    assert bench.misalignment(engine, *texts) == pytest.approx({"pruned": pruned, "matched": matched})
+    found = []
+    for prompt, answer in zip(*texts):
+        fixed = FixedText(target_forward(engine.target, torch.tensor([prompt + answer])),
+                          *torch.tensor([[len(prompt)], [len(prompt) + len(answer) - 4]]))
+        found.append(torch.tensor(tau_and_misalignment(engine.head, fixed, engine.shape, engine.score_temp)[1:]))
+    assert torch.stack(found).mean(0).tolist() == pytest.approx([pruned, matched])
     assert len(counts) > 4                                        # else the test shows nothing
-    assert bench.misalignment(engine, [[1, 2]], [[3, 4, 1, 2]]) == {}                 # too short an answer
 
 
 def test_greedy_depth_needs_the_whole_path():
@@ -107,24 +112,21 @@ def test_answers_end_at_a_stop_token_and_history_leaves_it_out():
     assert prompts == [prompt, prompt, [*prompt, *first[:-1], 1, 2]]
 
 
-def test_history_with_template():
-    encoding = bytes_encoding(("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
-    ids = bench.conversation(["ab", " yes ", "c"], encoding, "qwen3")
-    start, end = "<|im_start|>", "<|im_end|>\n"
-    assert encoding.decode(ids).startswith(f"{start}user\nab{end}{start}assistant\nyes{end}{start}user\nc{end}{start}")
+def test_history_with_template(tmp_path):
+    encoding, start, end = bytes_encoding(("<|im_start|>", "<|im_end|>")), "<|im_start|>", "<|im_end|>\n"
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}" + start + "{{ m.role }}\n{{ m.content }}" + end + "{% endfor %}" + start)
+    ids = bench.conversation(["ab", " yes ", "c"], encoding, chat.load(tmp_path, encoding))
+    assert encoding.decode(ids) == f"{start}user\nab{end}{start}assistant\n yes {end}{start}user\nc{end}{start}"
     assert encoding.encode_single_token("<|im_end|>") in ids
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """With two-turn questions, and a policy for one of the heads."""
+    """With two-turn questions."""
     target, head = tiny_models(vocab=257)
     questions = [["def f(", "again"], ["import os"]]
-    out = write_run(tmp_path_factory.mktemp("bench"), questions, target, control=head, gto=head)
-    torch.manual_seed(0)
-    space = Space(3, 4, (0, 5, 9))
-    save_policy(out / "policy-gto.pt", Learned(space, 16), Rule(space, torch.ones(4, 3), 1.0), "LTD")
-    return out
+    return write_run(tmp_path_factory.mktemp("bench"), questions, target, control=head, gto=head)
 
 
 def run(out, flags):
@@ -132,19 +134,16 @@ def run(out, flags):
 
 
 def test_whole_benchmark(out, capsys):
-    run(out, f"--head tiny={out}/gto.pt --tree 1,3,3 --tree 3,3,6 --adaptive --max-new-tokens 12")
+    run(out, f"--head tiny={out}/gto.pt --tree 1,3,3 --tree 3,3,6 --max-new-tokens 12")
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
-    methods = ["ar", "tiny, tree 1,3,3", "tiny, tree 3,3,6", "tiny, adaptive"]
+    methods = ["ar", "tiny, tree 1,3,3", "tiny, tree 3,3,6"]
     assert [(row["T"], row["method"]) for row in report["rows"]] == [(t, m) for t in "01" for m in methods]
     assert not report["divergences"]
     for row in report["rows"]:
         assert row["answers"] == 3 and f"| {row['T']} | {row['method']} | 3 |" in printed
         assert row["method"] != "ar" or row["tau"] == 1 and row["speedup"] == 1
         assert row["T"] == "1" or row["equal"] == 3
-        assert ("draft_ms" in row) == ("adaptive" not in row["method"])
-        assert ("pruned" in row) == ("tree" in row["method"])
-        assert "1,3,3" not in row["method"] or (row["pruned"], row["matched"]) == (0, 1)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -152,7 +151,6 @@ def test_whole_benchmark(out, capsys):
     ("--tree 8,5", "three numbers"), ("--temperature -1", "temperature"), ("--device abacus", "abacus"),
     ("--head nowhere.pt", "nowhere.pt"), ("--target nowhere.pt", "nowhere.pt"), ("--prompts none.jsonl", "none.jsonl"),
     ("--chat", "no chat model"), ("--max-new-tokens 500", "context holds 256"), ("--shape llama-0b", "llama-3.1-8b"),
-    ("--adaptive", "policy-control.pt does not exist: make it with python -m gto.ltd"),
 ])
 def test_bad_input(out, flags, message):
     with pytest.raises(UserError, match=message) as error:

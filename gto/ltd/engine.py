@@ -1,8 +1,5 @@
-"""The engine with a policy: a cycle's depth and size are decided while it is drafted.
-
-The policy is asked on the host, which has to wait for its answer anyway. Every part of a cycle between two questions
-has fixed shapes: on a GPU each is one CUDA graph.
-"""
+"""The engine with a policy: a cycle's depth and size are decided while it is drafted. The host asks; every part of a
+cycle between two questions has fixed shapes: on a GPU each is one CUDA graph."""
 import itertools
 from functools import partial
 

@@ -1,9 +1,5 @@
-"""Policies: when to stop drafting, and how many nodes to verify.
-
-Every policy sees the same vector, `observe`, in training and in decoding, and answers two questions about it:
-stop(observation [.., width]) -> [..] bool, and after a stop size(observation) -> [..], an index into `space.sizes`.
-None of this touches the output: whatever tree is verified, the tokens are the target's.
-"""
+"""Policies: when to stop drafting, and how many nodes to verify. All see the same vector, `observe`, and answer two
+questions: stop(observation [.., width]) -> [..] bool, then size(observation) -> [..], an index into `space.sizes`."""
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,13 +31,11 @@ class Space:
 
 def observe(scores, length, space):
     """What a policy sees. scores: by level [B, n], sums of log-probabilities; length [B]: tokens in the target's cache.
-
     Returns [B, width]: levels drafted / depth; context in thousands of tokens; probabilities of the newest level's
     top_k best nodes (the frontier), descending; of the best nodes of all levels, descending, 0 where there are none."""
     frontier = scores[-1].topk(space.top_k, dim=1).values                             # [B, top_k]
-    best = torch.cat(scores, dim=1)                                                   # [B, C]
-    best = best.topk(min(space.sizes[-1], best.shape[1]), dim=1).values
-    best = F.pad(best, (0, space.sizes[-1] - best.shape[1]), value=float("-inf"))     # [B, largest size]
+    best = F.pad(torch.cat(scores, dim=1), (0, space.sizes[-1]), value=float("-inf"))
+    best = best.topk(space.sizes[-1], dim=1).values                                   # [B, largest size]
     drafted = torch.full_like(best[:, :1], len(scores) / space.depth)
     return torch.cat([drafted, length[:, None] / 1000, frontier.exp(), best.exp()], dim=1)
 
@@ -60,12 +54,13 @@ class Fixed:
         return torch.full(observation.shape[:-1], self.choice)
 
 
-class Rule:
+class Rule(nn.Module):
     """Stop when the expected gain in accepted tokens is below its cost: what its time would yield at `rate` tokens a
     second, the speed of decoding itself. costs [depth, sizes]: see `gto.ltd.replay.measure`. Needs no training."""
 
     def __init__(self, space, costs, rate):
-        self.space, self.costs, self.rate = space, costs, rate
+        super().__init__()
+        self.space, self.arguments = space, (costs, rate)
         # In tokens: each size; another level with one more node to verify, and after the last level there is none.
         self.size_cost, level_cost = costs[-1] * rate, costs[:, -1].diff() * rate     # [sizes], [depth - 1]
         node_cost = (self.size_cost[-1] - self.size_cost[0]) / (space.sizes[-1] - space.sizes[0])
@@ -93,7 +88,7 @@ class Learned(nn.Module):
 
     def __init__(self, space, hidden):
         super().__init__()
-        self.space, self.hidden, self.width = space, hidden, 2 + space.top_k + space.sizes[-1]
+        self.space, self.arguments, self.width = space, (hidden,), 2 + space.top_k + space.sizes[-1]
         self.depth_actor = mlp(self.width, hidden, 2)                                 # go on, stop
         self.size_actor = mlp(self.width, hidden, hidden // 4, len(space.sizes))
 
@@ -109,22 +104,21 @@ def policy_path(head_path):
     return Path(head_path).with_name(f"policy-{Path(head_path).name}")
 
 
-def save_policy(path, learned, rule, chosen):
-    """One file holds both policies; `chosen`, "LTD" or "rule", is the one to use."""
-    save(path, kind="policy", space=asdict(learned.space), hidden=learned.hidden, model=learned.state_dict(),
-         costs=rule.costs, rate=rule.rate, chosen=chosen)
+def save_policy(path, policy):
+    """A Rule or a Learned policy."""
+    save(path, kind="policy", name=type(policy).__name__, space=asdict(policy.space), arguments=policy.arguments,
+         model=policy.state_dict())
 
 
 def load_policy(path, shape=None):
-    """The chosen policy, on the CPU, where it is asked. UserError if it is none, or for another tree than `shape`."""
+    """On the CPU, where it is asked. UserError if the file holds no policy, or one for another tree than `shape`."""
     contents = read(path, "policy")
     try:
         space = Space(**contents["space"])
-        learned = Learned(space, contents["hidden"])
-        learned.load_state_dict(contents["model"])
-        rule = Rule(space, contents["costs"], contents["rate"])
+        policy = {"Rule": Rule, "Learned": Learned}[contents["name"]](space, *contents["arguments"])
+        policy.load_state_dict(contents["model"])
     except (KeyError, TypeError, RuntimeError):
         raise UserError(f"{path} is of another version: learn again with python -m gto.ltd") from None
     if shape not in (None, space.shape):
         raise UserError(f"{path} was learned for trees {space.shape}, not {shape}: leave the tree out, or learn again")
-    return rule if contents["chosen"] == "rule" else learned.eval().requires_grad_(False)
+    return policy.requires_grad_(False)

@@ -1,9 +1,8 @@
 """Learning both policies from a recording by proximal policy optimisation (PPO, Schulman et al., arXiv 1707.06347).
 
-An episode is one cycle. Its reward is its tokens minus what its time is worth at `rate` tokens a second: if that is the
-best possible speed, the best policy's mean reward is 0 and every other's below. (The paper's reward, each cycle's own
-throughput, weighs a short cycle as much as a long one.) It is the return of all the cycle's decisions, undiscounted.
-"""
+An episode is one cycle. Its reward, undiscounted, is its tokens minus what its time is worth at `rate` tokens a second:
+if that is the best possible speed, the best policy's mean is 0 and every other's below. (The paper's reward, each
+cycle's own throughput, weighs a short cycle as much as a long one.)"""
 from functools import partial
 
 import torch

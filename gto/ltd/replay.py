@@ -1,9 +1,7 @@
 """Decode once, replay every decision: what any choice of depth and size would have brought and cost.
 
-At T=0 a text and all draft trees along it are deterministic. So the deepest draft is made at *every* position of the
-target's greedy continuation, once, and what the target accepts of it is written down for every depth and size: a
-replayed cycle may then start wherever the one before ended. In these tables a level is an index: level 0 is the first.
-"""
+At T=0 a text and all drafts along it are deterministic: one at *every* position says what any policy would decode. In
+these tables a level is an index: level 0 is the first."""
 import itertools
 import time
 from collections import defaultdict
@@ -49,15 +47,11 @@ def record(target, head, prompts, positions, space):
     return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
 
 
-@torch.inference_mode()                                                               # as in decoding
-def measure(target, head, policy, prompts, new_tokens):
-    """Time every part of a cycle while decoding with drafts of full depth, a prompt for each size in turn.
+def clock(engine):
+    """From now on the engine keeps how long each part of a cycle takes that it runs. -> {key: [seconds]}."""
+    times, run = defaultdict(list), engine.run
 
-    Returns the seconds of a cycle by depth and size, twice [levels, sizes], added up from medians: with a fixed tree,
-    and with `policy`, which has to look and to answer. A size that a draft cannot fill is charged as if it could."""
-    engine, space, times = AdaptiveEngine(target, head, policy), policy.space, defaultdict(list)
-
-    def timed(key, part, run=engine.run):
+    def timed(key, part):
         synchronize(engine.device)
         began = time.perf_counter()
         result = run(key, part)
@@ -66,6 +60,16 @@ def measure(target, head, policy, prompts, new_tokens):
         return result
 
     engine.run = timed
+    return times
+
+
+@torch.inference_mode()                                                               # as in decoding
+def measure(target, head, policy, prompts, new_tokens):
+    """Time every part of a cycle while decoding with drafts of full depth, a prompt for each size in turn.
+    Returns the seconds of a cycle by depth and size, twice [levels, sizes], added up from medians: with a fixed tree,
+    and with `policy`, which has to look and to answer. A size that a draft cannot fill is charged as if it could."""
+    engine, space = AdaptiveEngine(target, head, policy), policy.space
+    times = clock(engine)
     for size, prompt in zip(itertools.cycle(range(len(space.sizes))), prompts):
         engine.policy = Fixed(space, space.depth, size)
         engine.complete([prompt], new_tokens)

@@ -1,129 +1,147 @@
-"""Chat templates of the supported targets, and conversations as training texts.
+"""Chat templates, the models' own, and conversations as training texts.
 
-Templates contain their beginning-of-text token. As in Hugging Face's tokenizers, a special token that somebody typed
-into a message counts as one.
-"""
-from typing import NamedTuple
+A template is a Jinja program that comes with the model. It runs in a sandbox, as Hugging Face's apply_chat_template
+would run it, and writes its beginning-of-text token itself. A special token that somebody typed counts as one."""
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from gto.data import read_text, read_turns
+from gto.released.files import locate, read_gguf, read_json, reading
 from gto.released.tokenizers import SentencePieceEncoding
+from gto.tokenizer import END_OF_TEXT_NAMES
 from gto.util import UserError, rank
 
-
-class Template(NamedTuple):
-    """How a family of models writes a conversation; {} stands for the text of a message."""
-    sign: str                   # a special token that only this family's tokenizers have
-    stops: list                 # what ends an answer
-    begin: str                  # the system message
-    question: str               # of the user, up to where the answer begins
-    answer: str                 # what the model writes, its end token included
-    system: str | None = ""     # the message if nobody sets one; None: then `begin` is left out
-    thought: str = ""           # what the last answer is made to begin with; answers before it lose their thoughts
-    own_thought: bool = False   # the last answer, once it is there, has its own
+MARK = "\ue000"                     # a character nobody uses, where a message's text would stand
+# By a special token, templates of models that bring none: Vicuna; Llama 3 as Meta gives it out.
+KNOWN = {"</s>": "vicuna.jinja", "<|start_header_id|>": "llama3.jinja"}
 
 
-TEMPLATES = {
-    "deepseek-r1": Template(    # a distilled Llama's tokenizer may keep Llama 3's tokens: this sign is looked for first
-        "<｜User｜>", ["<｜end▁of▁sentence｜>"],
-        "<｜begin▁of▁sentence｜>{}", "<｜User｜>{}<｜Assistant｜>", "{}<｜end▁of▁sentence｜>",
-        thought="<think>\n", own_thought=True),
-    "llama3": Template(         # Instruct; the released template has the dates even if nobody sets a system message
-        "<|start_header_id|>", ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{}<|eot_id|>",
-        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        "{}<|eot_id|>"),
-    "qwen3": Template(          # thinking is off: an empty thought. A question's first newline ends what is before
-        "<|im_start|>", ["<|im_end|>", "<|endoftext|>"],
-        "<|im_start|>system\n{}<|im_end|>", "\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>",
-        system=None, thought="<think>\n\n</think>\n\n"),
-    "vicuna": Template(
-        "</s>", ["</s>"],
-        "<s>{} ", "USER: {} ASSISTANT:", " {}</s>",
-        system="A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-               "detailed, and polite answers to the user's questions."),
-}
+class Chat(NamedTuple):
+    encoding: Any
+    template: Any                   # compiled
+    before: str                     # what the template puts between a prompt and an answer (Vicuna's: a blank),
+    behind: str                     # and behind it, up to its end token
+    stops: set                      # ids that end an answer, for Engine.generate(stop=...)
 
 
-def guess_template(encoding):
-    """The template's name, by the tokenizer's special tokens. UserError if none fits: it is no chat model we know."""
-    for name, template in TEMPLATES.items():
-        if template.sign in encoding._special_tokens:
-            return name
-    raise UserError(f"the tokenizer {encoding.name} is of no chat model known here ({', '.join(TEMPLATES)})")
-
-
-def stop_ids(template, encoding):
-    """Ids that end an answer, for Engine.generate(stop=...)."""
+def load(source, encoding):
+    """The chat format of a released model: its folder, a file in it, a *.gguf or "smollm2"."""
     specials = encoding._special_tokens
-    return {specials[token] for token in TEMPLATES[template].stops if token in specials}
+    with reading(f"the chat template of {source}"):
+        template, names = read_config(source)
+        for token, file in KNOWN.items():
+            if not template and token in specials:
+                template = read_text(Path(__file__).with_name(file))
+        if not template:
+            raise ValueError("there is none, and the tokenizer is of no chat model")
+        chat = Chat(encoding, compile_template(template, names), "", "", set())
+    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}
+    prompt = render(chat, [question], generate=True)
+    text, _, rest = render(chat, [question, answer]).partition(MARK)
+    behind = rest[:min((rest.index(token) + len(token) for token in specials if token in rest), default=None)]
+    ends = (names.get("eos_token"), *END_OF_TEXT_NAMES)
+    stops = {number for token, number in specials.items() if token in ends or token in behind}
+    return chat._replace(before=text[len(prompt):], behind=behind, stops=stops)
 
 
-def turns(template, messages):
-    """A conversation as [(text, written)], for encoding.encode(text, allowed_special="all"); `written` marks what the
-    model itself writes, where training takes its loss. After a message of the user it ends where the answer begins.
-
-    messages: [{"role", "content"}], an optional system message, then user and assistant in turns, the user first."""
-    form, messages = TEMPLATES[template], [(message["role"], message["content"].strip()) for message in messages]
-    system = (messages.pop(0)[1] if messages[0][0] == "system" else "") or form.system
-    begin = "" if system is None else form.begin.format(system)
-    turns = []
-    for i, (role, text) in enumerate(messages):
-        later = len(messages) - 1 - i                              # messages after this one
-        if role == "user":
-            thought = form.thought if later == 0 or later == 1 and not form.own_thought else ""
-            question = form.question.format(text) + thought
-            turns.append((question if turns else (begin + question).lstrip("\n"), False))
-        else:
-            if form.thought and not (form.own_thought and later == 0):
-                text = text.split("</think>")[-1].strip()
-            turns.append((form.answer.format(text), True))
-    return turns
+def read_config(source):
+    """-> the template that comes with a model, if any, and its special tokens, {"bos_token": text, ...}."""
+    if file := locate(source):
+        about = {key.split(".")[-1]: value for key, value in read_gguf(file)[0].items()}
+        return about.get("chat_template"), {name: about["tokens"][about[f"{name}_id"]]
+                                            for name in ("bos_token", "eos_token") if f"{name}_id" in about}
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    config = read_json(path) if (path := folder / "tokenizer_config.json").is_file() else {}
+    template = read_text(folder / "chat_template.jinja") or config.get("chat_template")
+    if isinstance(template, list):                                # several, for tools and the like
+        template = {each["name"]: each["template"] for each in template}["default"]
+    return template, {name: token["content"] if isinstance(token, dict) else token for name, token in config.items()
+                      if name.endswith("_token") and isinstance(token, (dict, str))}
 
 
-def encode(template, messages, encoding):
-    """The ids of a conversation, and for each whether the model wrote it: two lists of equal length."""
-    ids, written = [], []
-    for text, by_model in turns(template, messages):
-        if isinstance(encoding, SentencePieceEncoding):
-            text = text.removeprefix(" ")                          # SentencePiece puts a blank in front of every piece
-        part = encoding.encode(text, allowed_special="all")
-        ids += part
-        written += [by_model] * len(part)
-    return ids, written
+def compile_template(text, names):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise ValueError(message)
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
+    jinja.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, **names}
+    # {% generation %}, Hugging Face's own, is round what a model writes and changes nothing, just as `with`.
+    return jinja.from_string(re.sub(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})", r"\1with", text))
+
+
+def render(chat, messages, generate=False):
+    """A conversation, [{"role", "content"}], as text; generate: up to where the answer begins. Thinking is off."""
+    with reading(f"the chat template of {chat.encoding.name}"):
+        return chat.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=generate,
+                                    enable_thinking=False)
+
+
+def encode(chat, messages):
+    """The ids of a conversation up to where the answer begins."""
+    return chat.encoding.encode(render(chat, messages, generate=True), allowed_special="all")
+
+
+def user_prefix(chat):
+    """The ids before the user's first message. A blank at the end is left to that: tokenizers join it to a word."""
+    text = render(chat, [{"role": "user", "content": MARK}]).partition(MARK)[0]
+    return chat.encoding.encode(text.removesuffix(" "), allowed_special="all")
+
+
+def rows(chat, messages):
+    """A conversation as training rows [(ids, written)], two lists of equal length. `written` marks what the model
+    writes itself, up to its end token, in the context in which it would. That is one row if the template only appends;
+    one that rewrites what was before (Qwen3's and R1's drop thoughts) begins a new row there."""
+    found, row = [], ""                                           # row: the text of the last one
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        prompt, answer = render(chat, messages[:i], generate=True), messages[i]["content"]
+        if prompt.endswith("<think>\n"):                          # R1's has begun the thought,
+            answer = answer.removeprefix("<think>\n")
+        elif prompt.endswith("</think>\n\n"):                     # Qwen3's has ended it
+            answer = answer.rpartition("</think>")[2].lstrip()
+        answer = chat.before + answer + chat.behind
+        if not found or not prompt.startswith(row):
+            found, row = [*found, ([], [])], ""
+        for part, written in (prompt[len(row):], False), (answer, True):
+            part = part.removeprefix(" ") if isinstance(chat.encoding, SentencePieceEncoding) else part   # it adds one
+            ids = chat.encoding.encode(part, allowed_special="all")
+            found[-1][0].extend(ids)
+            found[-1][1].extend([written] * len(ids))
+        row = prompt + answer
+    return found
 
 
 def in_order(turns):
-    """[(role, text)] as `read_turns` has them -> messages that `encode` takes. An answer that stands first is dropped
+    """[(role, text)] as `read_turns` has them -> messages that `rows` takes. An answer that stands first is dropped
     (ShareGPT's parts of longer talks); at a turn out of order, or empty, the rest of the conversation is."""
     turns = [(role, text.strip()) for role, text in turns]
-    messages = [turns.pop(0)] if turns and turns[0][0] == "system" else []
+    system = [turns.pop(0)] if turns and turns[0][0] == "system" else []
     if turns and turns[0][0] == "assistant":
         turns.pop(0)
-    for i, (role, text) in enumerate(turns):
-        if role != ("user", "assistant")[i % 2] or not text:
-            break
-        messages.append((role, text))
-    return [{"role": role, "content": text} for role, text in messages]
+    end = next((i for i, (role, text) in enumerate(turns) if not text or role != ("user", "assistant")[i % 2]), None)
+    return [{"role": role, "content": text} for role, text in system + turns[:end]]
 
 
-def encode_conversations(path, encoding, length, room):
-    """The conversations of a chat .jsonl (see `read_turns`), cut to `length` tokens and padded on the right, with
-    `room` to spare: {"tokens" [n, length + room] int32, "supervised" the same, bool: where the assistant wrote, its end
-    token included, which is what a head learns}. UserError if it wrote nothing."""
-    lines = {number: line for number, line in enumerate((read_text(path) or "").split("\n"), 1) if line.strip()}
-    template, tokens, supervised = guess_template(encoding), [], []
-    for number, line in tqdm(lines.items(), "encode", unit="chat", disable=rank() > 0 or None):
-        messages = in_order(read_turns(line, f"{path}, line {number}"))
-        ids, written = encode(template, messages, encoding) if messages else ([], [])
-        padding = length + room - len(ids[:length])
-        written = torch.tensor(written[:length] + [False] * padding)
-        if (written[:-1] & written[1:]).any():           # room for a root and the token drafted behind it
-            tokens.append(torch.tensor(ids[:length] + [0] * padding, dtype=torch.int32))
-            supervised.append(written)
-    if not tokens:
+def encode_conversations(path, chat, length, room):
+    """The conversations of a chat .jsonl (see `read_turns`) as `rows`, cut to `length` tokens and padded with `room` to
+    spare. -> tokens, int32, and what the assistant wrote, which a head learns, bool, both [n, length + room]."""
+    found = []
+    for number, line in enumerate(tqdm(read_text(path).split("\n"), "encode", disable=rank() > 0 or None), 1):
+        for row in rows(chat, in_order(read_turns(line, f"{path}, line {number}"))) if line.strip() else ():
+            row = torch.tensor(row, dtype=torch.int32)            # [2, tokens]
+            row = pad(pad(row, (0, length - row.shape[1])), (0, room))                # the first may cut
+            if (row[1, :-1] & row[1, 1:]).any():                  # room for a root and the token drafted behind it
+                found.append(row)
+    if not found:
         raise UserError(f"{path} holds no answer of an assistant within its first {length} tokens: nothing to learn")
-    return {"tokens": torch.stack(tokens), "supervised": torch.stack(supervised)}
+    tokens, supervised = torch.stack(found, dim=1)
+    return tokens, supervised.bool()

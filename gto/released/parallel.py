@@ -1,10 +1,6 @@
-"""A target over several processes, started by torchrun, one on each GPU (a rank).
-
-Training is data parallel: every rank computes the gradient of its own rows of the batch, and all take the same step
-with the average. A frozen target that is too large for one GPU is "gathered" layer by layer (FSDP2), because the ranks
-read different texts. In decoding they work on the same tokens: there the target is "split" (tensor parallel), so that
-each reads only 1/N of the weights.
-"""
+"""A target over several processes, started by torchrun, one on each GPU (a rank). In training, where the ranks read
+different texts, it is "gathered" layer by layer (FSDP2). In decoding they work on the same tokens: there it is "split"
+(tensor parallel), so that each reads only 1/N of the weights."""
 from dataclasses import replace
 
 import torch
@@ -15,9 +11,8 @@ from gto.util import UserError, rank, ranks
 
 
 def gather(target):
-    """Leave on each rank 1/N of the layers (FSDP2) of a target on the meta device; a layer's weights are gathered when
-    it runs, then dropped. Embedding, output and norms stay whole, the head uses them too. All ranks must run the target
-    equally often."""
+    """Leave on each rank 1/N of the layers of a target on the meta device; a layer's weights are gathered when it runs,
+    then dropped. The head uses what is outside them too. All ranks must run the target equally often."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard                                    # slow to import, rarely needed
     mesh = init_device_mesh("cuda" if distributed.get_backend() == "nccl" else "cpu", (ranks(),))

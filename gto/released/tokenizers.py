@@ -1,33 +1,40 @@
-"""Released models' tokenizers behind tiktoken's interface: Hugging Face's tokenizer.json, Llama 3's rank file, and
-SentencePiece models (Llama 2, Vicuna), whose vocabulary is not made of bytes."""
-import json
-import re
-import unicodedata
+"""Released models' tokenizers behind tiktoken's interface: Hugging Face's tokenizer.json, a GGUF file's, Llama 3's rank
+file, and SentencePiece models (Llama 2, Vicuna), whose vocabulary is not made of bytes."""
 from pathlib import Path
 
 import tiktoken
 
-from gto.tokenizer import LLAMA3_PATTERN, make_encoding, read_ranks
-from gto.util import UserError
+from gto.released.files import locate, read_gguf, read_json, reading
+from gto.tokenizer import LLAMA3_PATTERN, Encoding, make_encoding, read_ranks
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's, for what is left between digits when each of them has been cut off: blanks in front of one are a whole piece.
+SMOLLM_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
+GGUF_PATTERNS = {"llama-bpe": LLAMA3_PATTERN, "qwen2": LLAMA3_PATTERN.replace("{1,3}", ""), "smollm": SMOLLM_PATTERN,
+                 "gpt-2": GPT2_PATTERN}                           # by tokenizer.ggml.pre
+# GPT-2's spelling of a byte: printable ones stand for themselves, the others, in order, are chr(256), chr(257), ...
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+ALPHABET = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
 
 
-def load(source, meta=None):
-    """The encoding of a model's folder, or of a file tokenizer.json or tokenizer.model in it.
-
-    meta: what prepare_data.py wrote beside a copy of such a tokenizer. UserError if it cannot be represented."""
-    path = Path(source)
+def load(source):
+    """See `load_encoding`."""
+    path = locate(source) or Path(source)
     if path.is_dir():
         path = path / ("tokenizer.json" if (path / "tokenizer.json").is_file() else "tokenizer.model")
-    if not path.is_file():
-        raise UserError(f"{source} has no tokenizer.model and no tokenizer.json")
-    if path.suffix == ".json":
-        return load_hugging_face(path)
+    if path.is_file():
+        return {".gguf": load_gguf, ".json": load_hugging_face}.get(path.suffix, load_model)(path)
+    with reading(f"the tokenizer {source}, here or from the network,"):
+        return tiktoken.get_encoding(str(source))
+
+
+def load_model(path):
+    """A file tokenizer.model, a rank file (Llama 3's) or a SentencePiece model."""
     ranks = read_ranks(path)
     if ranks is None:
         return SentencePieceEncoding(path)
-    if meta is not None:
-        return make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"], KINDS[meta["normalizer"]])
-    return make_encoding(str(path), LLAMA3_PATTERN, ranks, llama3_specials(len(ranks)))
+    with reading(path):
+        return make_encoding(str(path), LLAMA3_PATTERN, ranks, llama3_specials(len(ranks)))
 
 
 def llama3_specials(first):
@@ -38,68 +45,63 @@ def llama3_specials(first):
     return {f"<|{named.get(i) or next(reserved)}|>": first + i for i in range(256)}
 
 
-class NFCEncoding(tiktoken.Encoding):
-    """Qwen's tokenizers compose characters (Unicode NFC) before they encode."""
-    normalizer = "NFC"
-
-    def encode(self, text, **options):
-        return super().encode(unicodedata.normalize("NFC", text), **options)
-
-    def encode_ordinary(self, text):
-        return super().encode_ordinary(unicodedata.normalize("NFC", text))
-
-
-KINDS = {None: tiktoken.Encoding, "NFC": NFCEncoding}              # by normalizer
-
-
 def load_hugging_face(path):
-    """A byte-level BPE tokenizer.json. Its strings spell each byte as one printable character (GPT-2's alphabet):
-    printable bytes stand for themselves, the others, in order, are chr(256), chr(257), ..."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        split, byte_level = config["pre_tokenizer"]["pretokenizers"]
-        if (split["type"], byte_level["type"], byte_level["use_regex"]) != ("Split", "ByteLevel", False):
-            raise ValueError("it splits text in a way tiktoken cannot")
-        kind = KINDS[config["normalizer"] and config["normalizer"]["type"]]
+    """A byte-level BPE tokenizer.json, its strings in GPT-2's alphabet."""
+    config = read_json(path)
+    with reading(path):
+        normalizer = config["normalizer"] and config["normalizer"]["type"]
+        if normalizer not in (None, "NFC"):
+            raise ValueError(f"normalizer {normalizer}: if there is a tokenizer.model, give that")
         specials = {token["content"]: token["id"] for token in config["added_tokens"]}
-        ranks = {bytes(alphabet[char] for char in token): rank for token, rank in config["model"]["vocab"].items()
-                 if token not in specials}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no byte-level BPE that tiktoken can represent ({type(error).__name__}: {error});"
-                        f" if there is a SentencePiece model, give that, tokenizer.model") from None
-    return make_encoding(str(path), split["pattern"]["Regex"], ranks, specials, kind)
+        ranks = {spelt(token): rank for token, rank in config["model"]["vocab"].items() if token not in specials}
+        return make_encoding(str(path), split_pattern(config["pre_tokenizer"]), ranks, specials, normalizer)
+
+
+def split_pattern(pre_tokenizer):
+    """The one pattern that splits as the pre_tokenizer of a tokenizer.json does. ValueError if none is known."""
+    *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if (last["type"], last["add_prefix_space"]) == ("ByteLevel", False):
+        match before, last.get("use_regex", True):
+            case [{"type": "Split", "pattern": {"Regex": pattern}}], False:
+                return pattern
+            case [], True:
+                return GPT2_PATTERN
+            case [{"type": "Digits", "individual_digits": True}], True:
+                return SMOLLM_PATTERN
+    raise ValueError("it splits text in a way tiktoken cannot")
+
+
+def spelt(token):
+    """The bytes of a token in GPT-2's alphabet."""
+    return bytes(ALPHABET[char] for char in token)
+
+
+def load_gguf(path):
+    """The tokenizer in a GGUF file, a byte-level BPE in GPT-2's alphabet."""
+    metadata, _ = read_gguf(path)
+    with reading(f"the tokenizer in {path} (--tokenizer names another)"):
+        pre, tokens, kinds = (metadata[f"tokenizer.ggml.{x}"] for x in ("pre", "tokens", "token_type"))
+        ranks = {spelt(token): i for i, token in enumerate(tokens) if kinds[i] == 1}
+        specials = {token: i for i, token in enumerate(tokens) if kinds[i] in (3, 4)}      # control, user defined
+        return make_encoding(str(path), GGUF_PATTERNS[pre], ranks, specials, "NFC" if pre == "qwen2" else None)
 
 
 class SentencePieceEncoding:
-    """A SentencePiece model behind the methods of tiktoken.Encoding that this project uses."""
+    """A SentencePiece model behind the methods of tiktoken.Encoding that this project uses. What stands between two
+    special tokens gets its own leading blank, as in Hugging Face's first Llama tokenizers."""
+    encode = Encoding.encode
 
     def __init__(self, path):
-        try:
+        with reading(path):
             import sentencepiece
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (ImportError, RuntimeError, OSError) as error:
-            raise UserError(f"{path} is no rank file; a SentencePiece model needs pip install sentencepiece ({error})"
-                            ) from None
         self.name, self.n_vocab = str(path), self.model.get_piece_size()
         self.encode_ordinary = self.encode_ordinary_batch = self.model.encode
         self.decode = self.model.decode
         self._special_tokens = {self.model.id_to_piece(i): i for i in range(self.n_vocab) if self.model.is_control(i)}
 
-    def encode(self, text, allowed_special="all"):
-        """<s> and </s> in the text become their ids, which the library does not do; each stretch between two of them
-        gets its own leading blank, as Hugging Face's first Llama tokenizers did."""
-        ids = []
-        for part in re.split("(" + "|".join(map(re.escape, self._special_tokens)) + ")", text):
-            ids += [self._special_tokens[part]] if part in self._special_tokens else self.encode_ordinary(part)
-        return ids
-
     def decode_single_token_bytes(self, token):
-        """Unlike decode([token]), which drops the blank in front of a word. KeyError for an unknown id."""
-        if not 0 <= token < self.n_vocab:
-            raise KeyError(token)
+        """Unlike decode([token]), which drops the blank in front of a word. IndexError for an unknown id."""
         piece = self.model.id_to_piece(token)
         if self.model.is_byte(token):
             return bytes([int(piece[1:-1], 16)])                   # <0x0A>

