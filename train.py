@@ -91,7 +91,7 @@ def training_texts(config, out, target, corpus, chat, data):
             tokens, supervised = conversations(config, out, target, chat, data)
         save(out / "text.pt", kind="text", tokens=tokens, supervised=supervised)
     contents = read(out / "text.pt", "text")
-    return Texts(contents["tokens"], contents["supervised"], {})
+    return Texts(contents["tokens"], contents["supervised"], [])
 
 
 def main():

@@ -125,8 +125,7 @@ class Decoded(NamedTuple):
 
 
 def timed(engine, prompt, new_tokens, stop=()):
-    """Decode one prompt until `new_tokens` tokens are there, or one of `stop`. -> Decoded. The last cycle counts in
-    full, whatever it overshoots: time and tokens must match."""
+    """Decode one prompt to `new_tokens` tokens or one of `stop`. -> Decoded, its last cycle counted in full."""
     new = engine.prefill([prompt])
     tokens, stream, cycles = list(new), engine.cycles(), 0
     synchronize(engine.device)

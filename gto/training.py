@@ -26,7 +26,7 @@ class Texts(NamedTuple):
     """What heads are trained on."""
     tokens: torch.Tensor        # [n, T]
     supervised: torch.Tensor    # [n, T] bool: tokens to learn
-    seen: dict                  # by row, what the frozen target makes of it, see `as_seen`
+    seen: list                  # what the frozen target makes of each, once `see` has run
 
 
 class Stage(NamedTuple):
@@ -95,6 +95,9 @@ def train_head(stage, config, target, head, texts, out, objective=None, referenc
     L_objective, with a frozen reference head for the objective to compare with. Returns the seconds it took."""
     if head.config.own_embedding:
         head.embed.requires_grad_(False)                                              # as a lent one
+    if objective is None:
+        reference = None
+        see(target, texts)
 
     def loss_of(part):
         batch = sample_batch(part, stage, config, target, head, reference, texts)
@@ -128,28 +131,26 @@ def sample_batch(part, stage, config, target, head, reference, texts):
     group_weight = valid / (valid.sum() / parts).clamp(min=1e-9)
     first = (index * ranks() + rank()) * stage.batch
     mine = slice(first, first + stage.batch)
-    # Behind the last token to learn only the chains' ends are needed.
-    width = int(supervised[mine].any(0).nonzero().max()) + 1 + config.unroll
-    text = as_seen(target, texts, rows[mine], width, with_kv=reference is not None)
+    width = int(supervised[mine].any(0).nonzero().max()) + 1 + config.unroll          # the last to learn, chains' ends
+    tokens, learnt = texts.tokens[rows[mine], :width].to(device, torch.long), supervised[mine, :width].to(device)
+    if texts.seen and reference is None:
+        seen = (torch.cat(parts)[:, :width] for parts in zip(*(texts.seen[row] for row in rows[mine])))
+        text = Text(tokens, *seen, None, learnt)
+    else:
+        text = target_forward(target, tokens, learnt)
     log_q, labels, weight = unroll_text(config, target, head, text)
     return Batch(config, target, head, reference, text, log_q, labels, weight, total,
                  roots[mine].to(device), group_weight[mine].to(device))
 
 
-def as_seen(target, texts, rows, width, with_kv):
-    """Texts [B] as the frozen target sees them, cut to `width` -> Text. A head meets them many times: what it learns
-    from is kept, where it fits into memory, of each text run alone, so that no batch leaves its rounding errors in it.
-    The keys and values that trees need are larger, and not kept."""
-    device, like = target.norm.weight.device, target.norm.weight
-    tokens, supervised = (x[rows, :width].to(device) for x in (texts.tokens.long(), texts.supervised))
-    size = texts.tokens.numel() * 4 * target.config.dim * like.itemsize
-    if with_kv or size > KEPT_BYTES or ranks() > 1:              # ranks run a spread target together
-        return target_forward(target, tokens, supervised)
-    for row in set(rows.tolist()) - texts.seen.keys():
-        text = target_forward(target, texts.tokens[row:row + 1].to(device, torch.long))
-        texts.seen[row] = text.features, text.hidden, text.choice
-    kept = (torch.cat(parts)[:, :width] for parts in zip(*(texts.seen[row] for row in rows.tolist())))
-    return Text(tokens, *kept, None, supervised)
+def see(target, texts):
+    """Run the frozen target over all texts and keep what heads learn from, if it fits into memory: they meet each text
+    many times. Not the keys and values, which trees need; not on several ranks, whose target may be spread."""
+    if texts.seen or ranks() > 1 or texts.tokens.numel() * 4 * target.norm.weight.nbytes > KEPT_BYTES:
+        return
+    for tokens in tqdm(texts.tokens.long(), "see", unit="text"):
+        text = target_forward(target, tokens[None].to(target.norm.weight.device))
+        texts.seen.append((text.features, text.hidden, text.choice))
 
 
 def optimizers_for(model, muon_lr, adam_lr):

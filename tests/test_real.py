@@ -85,7 +85,7 @@ def train_once(out, tokens, supervised, batch, objective=None, **changes):
     target, start = tiny_models(seed=4, draft_vocab=20)
     numbers = dict(tree="3,3,8", groups=3, group_size=4, unroll=2, head_muon_lr=0.0, head_lr=1e-2, omega=5.0)
     config, head = Config(**numbers | changes), copy_of(start, target)
-    train_head(Stage("x", steps=2, batch=batch, seed=7), config, target, head, Texts(tokens, supervised, {}), out,
+    train_head(Stage("x", steps=2, batch=batch, seed=7), config, target, head, Texts(tokens, supervised, []), out,
                *(OBJECTIVES[objective], start) if objective else ())
     change = [(after - before).detach().flatten() for after, before in zip(head.parameters(), start.parameters())]
     return torch.cat(change), json.loads((out / "log.jsonl").read_text().splitlines()[-2])["loss"]
@@ -118,6 +118,9 @@ def test_accumulated_parts_equal_the_larger_batch_and_padding_changes_nothing(tm
 
 def test_what_the_target_makes_of_a_text_is_kept_or_computed_anew(tmp_path, answers, monkeypatch):
     kept, _ = train_once(tmp_path, *answers, 4)
+    texts = Texts(*answers, [])
+    training.see(tiny_models()[0], texts)
+    assert len(texts.seen) == 6
     monkeypatch.setattr(training, "KEPT_BYTES", 0)
     torch.testing.assert_close(train_once(tmp_path, *answers, 4)[0], kept, atol=2e-5, rtol=1e-4)
 

@@ -52,7 +52,7 @@ class Ablation:
         self.target = checkpoint.load_target(out / "target.pt", arguments.device, dtype)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)
         texts = checkpoint.read(out / "text.pt", "text")
-        self.texts = Texts(texts["tokens"], texts["supervised"], {})
+        self.texts = Texts(texts["tokens"], texts["supervised"], [])
         checkpoint.remember_config(self.folder, config)
 
         held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
