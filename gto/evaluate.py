@@ -88,9 +88,8 @@ def best_score_temp(head, fixed, shape, temperatures):
 
 
 def tau_and_misalignment(head, fixed, shape, score_temp):
-    """Acceptance length [B], and the paper's diagnosis: the shares of cycles in which the head's greedy path (arg-max
-    tokens from the root, as deep as the tree) is not in the tree to its full depth, and in which the tree gets accepted
-    just what the greedy path alone would have."""
+    """Acceptance length [B], and the paper's diagnosis: the shares of cycles in which its greedy path, as deep as
+    the tree, is not in the tree as a whole, and in which the tree is accepted just as far as that path alone."""
     draft, chain, pruned, matched = drafting(head, fixed, score_temp), TreeShape(1, shape.depth, shape.depth), [], []
 
     def tree_and_path(rows, length):
@@ -153,6 +152,7 @@ def report(config, target, heads, out, prompts, stop=()):
     -> Markdown, also in out/table.md and out/results.json."""
     shape, new_tokens = TreeShape.parse(config.tree), config.eval_tokens
     others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]       # score temperatures; the rest
+    tree, capacity = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens + 16
     rows, taus = {}, {}
     for T, temperatures in SCORE_TEMPS.items():
         test = fixed_text(target, prompts, new_tokens, T, shape.depth, stop)
@@ -169,13 +169,13 @@ def report(config, target, heads, out, prompts, stop=()):
                              "score temp.": best, "path pruned": pruned, "accepted = path's": matched}
         if T == 0:                                                                    # is speculation lossless?
             plain = [row[len(prompt):][:new_tokens] for row, prompt in zip(test.text.tokens.tolist(), prompts)]
-            engine = Engine(target, heads["gto"][0], shape, batch=len(prompts), capacity=test.text.tokens.shape[1])
+            engine = Engine(target, heads["gto"][0], tree, batch=len(prompts), capacity=capacity)
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
             equal, distinct = sum(map(list.__eq__, written, plain)), sum(len(set(row)) for row in plain) / len(plain)
     one_thread_if_small(target)
     for T in SCORE_TEMPS:
-        engines = {name: Engine(target, heads[name][0] if name in heads else None, TreeShape.default(engine.device),
-                                Sampling(T), capacity=engine.capacity + 16) for name in ("ar", *heads)}
+        engines = {name: Engine(target, heads.get(name, [None])[0], tree, Sampling(T), capacity=capacity)
+                   for name in ("ar", *heads)}
         decoded = speeds(engines, prompts[:TIMED], new_tokens, stop, desc=f"speed, T={T:g}")
         rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
         for name, rate in rates.items():

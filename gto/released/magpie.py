@@ -46,11 +46,11 @@ def held_out(config, out, target, chat):
 def append_lines(path, target, chat, count, batch, seed, records):
     """Append records(what users might ask, number of the next line), batch by batch, until `path` has `count` lines,
     behind those of an interrupted run. -> lines."""
-    lines = read_text(path).splitlines()
+    lines, prefix = read_text(path).splitlines(), user_prefix(chat)
     with tqdm(total=count, initial=len(lines), desc=path.stem, unit="line", disable=rank() > 0) as bar:
         while len(lines) < count:
             torch.manual_seed(seed * 1_000_003 + len(lines))
-            written = write(target, chat, [user_prefix(chat)] * min(batch, 2 * (count - len(lines))), QUESTION, 1.0)
+            written = write(target, chat, [prefix] * min(batch, 16 + 2 * (count - len(lines))), QUESTION, 1.0)
             questions = list(dict.fromkeys(text for text, ended in written if ended and len(text) >= LONG_ENOUGH))
             if not questions:
                 raise UserError("the target writes no questions, so it is no chat model: give --data chat.jsonl")
