@@ -78,7 +78,7 @@ PRESETS = {
                   head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, head_lr=3e-3,
                   head_muon_lr=0.02, gto_steps=400, gto_batch=8, label_temperature=1.0, tree="10,7,60",
                   eval_tokens=256),
-    # For a released chat model of 100 to 200 million parameters, in less than an hour on two cores.
+    # For a released chat model of 100 to 200 million parameters, in about an hour on two cores.
     "chat": Config(texts=384, head_ffn_dim=0, draft_vocab_size=4096, unroll=2, head_steps=700, head_lr=3e-3,
                    head_muon_lr=0.08, gto_steps=24, groups=4, seeds=1, eval_tokens=64),
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.

@@ -99,7 +99,7 @@ def benchmark(target, methods, encoding, questions, arguments):
     template, stop = None, {end_of_text_id(encoding)}
     if arguments.chat:
         from gto.released import chat
-        template = chat.load(arguments.tokenizer or arguments.target or arguments.out_dir, encoding)
+        template = chat.load(arguments.tokenizer or arguments.target or run_folder(arguments.out_dir, None), encoding)
         stop = template.stops
     rows, apart, new_tokens = [], [], arguments.max_new_tokens
     for T in arguments.temperature:

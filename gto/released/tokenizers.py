@@ -96,8 +96,7 @@ class SentencePieceEncoding:
             import sentencepiece
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.name, self.n_vocab = str(path), self.model.get_piece_size()
-        self.encode_ordinary = self.encode_ordinary_batch = self.model.encode
-        self.decode = self.model.decode
+        self.encode_ordinary, self.decode = self.model.encode, self.model.decode
         self._special_tokens = {self.model.id_to_piece(i): i for i in range(self.n_vocab) if self.model.is_control(i)}
 
     def decode_single_token_bytes(self, token):
