@@ -3,12 +3,14 @@
     python decode.py --prompt "def fibonacci(n):"
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
     python decode.py --prompt "class Queue:" --show-tree     draw the first draft
+    python decode.py --prompt "class Queue:" --report tree.html    step through all of them in a browser
     python decode.py --prompt "class Queue:" --adaptive      depth and size chosen anew in every cycle
     python decode.py --target smollm2 --chat --prompt "Why is the sky blue?"         after train.py --target smollm2
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
     torchrun --nproc_per_node=2 decode.py --target Llama-3.3-70B-Instruct ...      the target split over two GPUs
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain."""
+import itertools
 import json
 import sys
 import time
@@ -20,7 +22,7 @@ import torch
 from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.engine import Engine
 from gto.evaluate import Decoded
-from gto.show import show_tree
+from gto.page import decode_of, tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
 from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, rank, ranks, start, synchronize
@@ -47,11 +49,13 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
+    parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree):
-        raise UserError("--method ar drafts nothing: leave out --adaptive, --compare and --show-tree")
+    if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree
+                                     or arguments.report):
+        raise UserError("--method ar drafts nothing: leave out --adaptive, --compare, --show-tree and --report")
     if not arguments.prompt or arguments.max_new_tokens < 1:
         raise UserError("the prompt is empty, or --max-new-tokens below 1: give some text to continue")
     return arguments
@@ -84,7 +88,6 @@ def main():
     start(arguments.device)
     shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    torch.manual_seed(arguments.seed)
     out = run_folder(arguments.out_dir, arguments.target)
     path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"
     dtype = torch.bfloat16 if arguments.device != "cpu" else None
@@ -106,6 +109,7 @@ def main():
         from gto.ltd.policy import load_policy, policy_path
         policy = load_policy(arguments.adaptive or policy_path(head_path), arguments.tree and shape)
         engine = AdaptiveEngine(target, head, policy, sampling, capacity)
+    torch.manual_seed(arguments.seed)
     decoded, cycles = decode(engine, encoding, prompt, n, stop, show="" if arguments.chat else arguments.prompt)
     result = {"text": encoding.decode(decoded.tokens), "token_ids": decoded.tokens, "acceptance_lengths": cycles,
               "tau": decoded.tau, "tokens_per_second": decoded.tokens_per_second}
@@ -119,9 +123,13 @@ def main():
         same = "" if sampling.temperature else "the same tokens, " if identical else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)
         result |= {"speedup": speedup, "identical": identical}
-    if arguments.show_tree:
-        small = Engine(target, head, shape, sampling, capacity=len(prompt) + shape.depth + 1)
-        print("\n" + show_tree(small, prompt, encoding))
+    engine = Engine(target, head, shape, sampling, capacity=capacity)
+    torch.manual_seed(arguments.seed)
+    if arguments.show_tree and len(decoded.tokens) > 1:
+        _, first = itertools.islice(watch(engine, prompt, encoding, n, stop, dropped=2), 2)
+        print("\n" + tree_text(first, engine.score_temp))
+    if arguments.report:
+        write_page(arguments.report, "A decode by draft trees", decode_of(engine, prompt, encoding, n, stop))
     if arguments.json:
         print(json.dumps(result))
 

@@ -148,11 +148,11 @@ def main():
     for head in sum(heads.values(), []) if device != "cpu" else ():
         cast(head, torch.bfloat16)
     if corpus:
-        prompts, stop = corpus.prompt_ids(config.eval_prompts * 5 // 4), ()
+        prompts, stop, encoding = corpus.prompt_ids(config.eval_prompts * 5 // 4), (), load_encoding(out)
     else:
         from gto.released.magpie import held_out
-        prompts, stop = held_out(config, out, target, chat), chat.stops
-    print(evaluate.report(config, target, heads, out, prompts, stop))
+        prompts, stop, encoding = held_out(config, out, target, chat), chat.stops, chat.encoding
+    print(evaluate.report(config, target, heads, out, prompts, encoding, stop))
 
 
 if __name__ == "__main__":

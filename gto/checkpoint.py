@@ -121,7 +121,11 @@ def finish(name, model, out, **record):
     (out / f"{name}.partial.pt").unlink(missing_ok=True)
 
 
+def read_log(out):
+    """The lines of a run's log.jsonl, see `append_log`."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
 def seconds_of(out, stage):
     """How long a finished stage took."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [line["seconds"] for line in lines if line.get("stage") == stage and line.get("finished")][-1]
+    return [line["seconds"] for line in read_log(out) if line.get("stage") == stage and line.get("finished")][-1]

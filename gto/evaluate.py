@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from gto.checkpoint import seconds_of
+from gto.checkpoint import read_log, seconds_of
 from gto.engine import Engine, cut
 from gto.model import Prefix
+from gto.page import charts_of_run, decode_of, write_page
 from gto.rollout import Text, target_forward
 from gto.tree import TreeShape, draft_tree
 from gto.util import one_thread_if_small, rank, synchronize, table, write_text
@@ -49,11 +50,11 @@ def fixed_text(target, prompts, new_tokens, temperature, ahead, stop=(), seed=0)
     return FixedText(target_forward(target, tokens), *torch.tensor([start, end], device=engine.device))
 
 
-def accepted_length(fixed, rows, length, tree):
-    """How many of its drafts a tree behind the token at `length` of these texts gets accepted, [n]."""
+def accepted_path(fixed, rows, length, tree):
+    """What these texts accept of a tree behind their token at `length`: its nodes [n, N], padded with 0; how many [n]."""
     says = (length[:, None] + tree.depth + 1).clamp(max=fixed.text.tokens.shape[1] - 1)   # a leaf's is not looked at
     choice = fixed.text.tokens[rows[:, None], says]
-    return accept(tree, choice, tree.tokens.shape[1])[1]
+    return accept(tree, choice, tree.tokens.shape[1])[:2]
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def replay_text(fixed, draft):
     Returns tau [B]: tokens emitted per cycle, the target's own one counted."""
     length, cycles = fixed.start.clone(), torch.zeros_like(fixed.start)
     while len(rows := (length < fixed.end).nonzero().squeeze(1)):
-        length[rows] += accepted_length(fixed, rows, length[rows], draft(rows, length[rows])) + 1
+        length[rows] += accepted_path(fixed, rows, length[rows], draft(rows, length[rows]))[1] + 1
         cycles[rows] += 1
     return (length - fixed.start) / cycles.clamp(min=1)
 
@@ -89,17 +90,41 @@ def best_score_temp(head, fixed, shape, temperatures):
 
 def tau_and_misalignment(head, fixed, shape, score_temp):
     """Acceptance length [B], and the paper's diagnosis: the shares of cycles in which its greedy path, as deep as
-    the tree, is not in the tree as a whole, and in which the tree is accepted just as far as that path alone."""
-    draft, chain, pruned, matched = drafting(head, fixed, score_temp), TreeShape(1, shape.depth, shape.depth), [], []
+    the tree, is not in the tree as a whole, and in which the tree is accepted just as far as that path alone. And the
+    shares in which it is accepted to each depth, [depth]."""
+    draft, chain, pruned = drafting(head, fixed, score_temp), TreeShape(1, shape.depth, shape.depth), []
+    reached, matched = [], []
 
     def tree_and_path(rows, length):
         tree, path = draft(rows, length, shape), draft(rows, length, chain)
         pruned.append(greedy_depth(tree, path) < shape.depth)
-        matched.append(accepted_length(fixed, rows, length, tree) == accepted_length(fixed, rows, length, path))
+        (_, accepted), (_, alone) = (accepted_path(fixed, rows, length, drafted) for drafted in (tree, path))
+        matched.append(accepted == alone)
+        reached.append(accepted[:, None] > torch.arange(shape.depth, device=accepted.device))
         return tree
 
     lengths = replay_text(fixed, tree_and_path)
-    return lengths, torch.cat(pruned).float().mean().item(), torch.cat(matched).float().mean().item()
+    return lengths, *(torch.cat(share).float().mean(0).tolist() for share in (pruned, matched, reached))
+
+
+def calibration(head, fixed, shape, score_temp, bins=10):
+    """What the scores promise and what comes of it. -> [(mean probability of a node's path by the head, share of such
+    nodes accepted)] by tenths of that probability."""
+    draft, promised, kept = drafting(head, fixed, score_temp), [], []
+
+    def watched(rows, length):
+        tree = draft(rows, length, shape)
+        path, _ = accepted_path(fixed, rows, length, tree)
+        promised.append(tree.scores[:, 1:].exp().flatten())
+        kept.append(torch.zeros_like(tree.scores).scatter(1, path, 1.0)[:, 1:].flatten())
+        return tree
+
+    replay_text(fixed, watched)
+    promised, kept = torch.cat(promised), torch.cat(kept)
+    tenth = (promised * bins).long().clamp(max=bins - 1)
+    nodes = torch.bincount(tenth, minlength=bins)
+    means = [(torch.bincount(tenth, x, bins) / nodes)[nodes > 0].tolist() for x in (promised, kept)]
+    return list(zip(*means))
 
 
 def greedy_depth(tree, path):
@@ -147,56 +172,78 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
     return {name: decoded[1:] for name, decoded in result.items()}                    # the first is the warm-up
 
 
-def report(config, target, heads, out, prompts, stop=()):
-    """heads {"draft" | "control" | "gto": [a head per seed]}; prompts: lists of ids; stop: tokens that end an answer.
-    -> Markdown, also in out/table.md and out/results.json."""
-    shape, new_tokens = TreeShape.parse(config.tree), config.eval_tokens
-    others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]       # score temperatures; the rest
-    tree, capacity = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens + 16
-    rows, taus = {}, {}
+def compare_tau(config, target, heads, prompts, stop):
+    """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with its best score temperature, which
+    every fifth prompt chooses. -> results for results.json, their rows keyed by temperature and name; {(T, name): tau
+    [seeds, prompts]}."""
+    shape, new_tokens, rows, taus = TreeShape.parse(config.tree), config.eval_tokens, {}, {}
+    others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]
+    results = {"rows": rows, "prompts": len(prompts), "by_depth": {}, "calibration": {}}
     for T, temperatures in SCORE_TEMPS.items():
         test = fixed_text(target, prompts, new_tokens, T, shape.depth, stop)
         tune = fixed_text(target, others, new_tokens // 2, T, shape.depth, stop, seed=1)
-        rows[T, "ar"] = {"T": f"{T:g}", "method": "ar", "tau": 1.0}
+        rows[T, "ar"], depths = {"T": f"{T:g}", "method": "ar", "tau": 1.0}, {}
         for name, trained in tqdm(heads.items(), desc=f"tau, T={T:g}", unit="method"):
             best = [best_score_temp(head, tune, shape, temperatures) for head in trained]
             found, *shares = zip(*(tau_and_misalignment(head, test, shape, s) for head, s in zip(trained, best)))
-            taus[name, T] = torch.stack(found)                                        # [seeds, prompts]
-            mean, error = paired(taus[name, T].mean(0), 0.0)
-            pruned, matched = (f"{sum(share) / len(share):.0%}" for share in shares)
+            taus[T, name] = torch.stack(found)                                        # [seeds, prompts]
+            mean, error = paired(taus[T, name].mean(0), 0.0)
+            pruned, matched, depths[name] = (torch.tensor(share).mean(0).tolist() for share in shares)
             rows[T, name] = {"T": f"{T:g}", "method": name, "tau": mean, "±": error,
-                             "by seed": [round(tau, 3) for tau in taus[name, T].mean(1).tolist()],
-                             "score temp.": best, "path pruned": pruned, "accepted = path's": matched}
+                             "by seed": [round(tau, 3) for tau in taus[T, name].mean(1).tolist()], "score temp.": best,
+                             "path pruned": f"{pruned:.0%}", "accepted = path's": f"{matched:.0%}"}
+        results["by_depth"][f"{T:g}"] = depths
+        results["calibration"][f"{T:g}"] = {s: calibration(heads["gto"][0], tune, shape, s) for s in temperatures}
         if T == 0:                                                                    # is speculation lossless?
             plain = [row[len(prompt):][:new_tokens] for row, prompt in zip(test.text.tokens.tolist(), prompts)]
-            engine = Engine(target, heads["gto"][0], tree, batch=len(prompts), capacity=capacity)
+            tree, room = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens
+            engine = Engine(target, heads["gto"][0], tree, batch=len(prompts), capacity=room)
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
-            equal, distinct = sum(map(list.__eq__, written, plain)), sum(len(set(row)) for row in plain) / len(plain)
-    one_thread_if_small(target)
+            results["greedy_equal"] = sum(map(list.__eq__, written, plain))
+            results["distinct_tokens"] = sum(len(set(row)) for row in plain) / len(plain)
+    return results, taus
+
+
+def compare_speed(target, heads, prompts, new_tokens, stop):
+    """Tokens a second in decode.py's default tree, and over plain decoding. -> {(T, name): columns of its row}."""
+    tree, room, columns = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens + 16, {}
     for T in SCORE_TEMPS:
-        engines = {name: Engine(target, heads.get(name, [None])[0], tree, Sampling(T), capacity=capacity)
+        engines = {name: Engine(target, heads.get(name, [None])[0], tree, Sampling(T), capacity=room)
                    for name in ("ar", *heads)}
-        decoded = speeds(engines, prompts[:TIMED], new_tokens, stop, desc=f"speed, T={T:g}")
+        decoded = speeds(engines, prompts, new_tokens, stop, desc=f"speed, T={T:g}")
         rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
-        for name, rate in rates.items():
-            rows[T, name] |= {"tokens/s": round(rate.median().item()),
-                              "speed-up": round((rate / rates["ar"]).median().item(), 2)}
-            rows[T, name] |= {"training, s": round(seconds_of(out, name))} if name in heads else {}
-    differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[a, T].mean(0), taus[b, T].mean(0)) for T in SCORE_TEMPS}
+        columns |= {(T, name): {"tokens/s": round(rate.median().item()),
+                                "speed-up": round((rate / rates["ar"]).median().item(), 2)}
+                    for name, rate in rates.items()}
+    return columns
+
+
+def report(config, target, heads, out, prompts, encoding, stop=()):
+    """The comparison at the end of a run; prompts: lists of ids; stop: tokens that end an answer. -> Markdown, also in
+    out/table.md, and beside it results.json and the page report.html."""
+    results, taus = compare_tau(config, target, heads, prompts, stop)
+    one_thread_if_small(target)
+    prompts, new_tokens = [p for i, p in enumerate(prompts) if i % 5], config.eval_tokens
+    for (T, name), columns in compare_speed(target, heads, prompts[:TIMED], new_tokens, stop).items():
+        seconds = {"training, s": round(seconds_of(out, name))} if name in heads else {}
+        results["rows"][T, name] |= columns | seconds
+    rows = results["rows"] = list(results["rows"].values())
+    differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
                    for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
-    lines = [table([dict.fromkeys(rows[0.0, "gto"], "") | row for row in rows.values()]),
-             f"\ntau with tree {config.tree} ± standard error over {len(prompts)} held-out prompts x {new_tokens}"
+    gains = [T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error]
+    lines = [f"tau with tree {config.tree} ± standard error over {results['prompts']} held-out prompts x {new_tokens}"
              f" tokens, mean of {config.seeds} seeds, each head with its best score temperature. Path: the head's"
              f" greedy path. Speed: batch 1, decode.py's default tree, median over {TIMED} prompts.",
-             f"Greedy output equal to plain greedy decoding: {equal} of {len(prompts)} texts, with {distinct:.0f}"
-             f" distinct tokens each."]
-    lines += [f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."
-              for pair, by_T in differences.items()]
-    gains = [T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error]
-    lines.append(f"GTO {'beats' if gains else 'does not beat'} the continuation that took as long, by two standard"
-                 f" errors, at {' and '.join(gains) or 'either temperature'}.")
-    results = {"rows": list(rows.values()), "differences": differences, "prompts": len(prompts), "greedy_equal": equal,
-               "distinct_tokens": distinct}
-    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(out / "table.md", "\n".join(lines) + "\n")
-    return "\n".join(lines)
+             f"Greedy output equal to plain greedy decoding: {results['greedy_equal']} of {results['prompts']} texts,"
+             f" with {results['distinct_tokens']:.0f} distinct tokens each.",
+             *(f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."
+               for pair, by_T in differences.items()),
+             f"GTO {'beats' if gains else 'does not beat'} the continuation that took as long, by two standard"
+             f" errors, at {' and '.join(gains) or 'either temperature'}."]
+    text = "\n".join([table([dict.fromkeys(rows[1], "") | row for row in rows]), "", *lines])
+    write_text(out / "results.json", json.dumps(results | {"differences": differences}, indent=1) + "\n")
+    write_text(out / "table.md", text + "\n")
+    engine = Engine(target, heads["gto"][0], TreeShape.parse(config.tree), capacity=len(prompts[0]) + new_tokens)
+    write_page(out / "report.html", f"A run: {out}", decode_of(engine, prompts[0], encoding, new_tokens, stop), lines,
+               charts_of_run(results, read_log(out)), rows)
+    return text

@@ -14,7 +14,7 @@ from gto.engine import Engine
 from gto.evaluate import fixed_text, tau, timed
 from gto.model import Prefix
 from gto.rollout import target_forward
-from gto.show import path_log_prob
+from gto.page import path_log_prob
 from gto.tree import TreeShape, draft_candidates
 from gto.util import UserError
 from gto.verify import Sampling

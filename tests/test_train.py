@@ -83,7 +83,7 @@ def test_one_run_from_nothing(trained):
     folder, printed = trained
     assert {p.name for p in (folder / "out/x").iterdir()} == {
         "config.json", "log.jsonl", "target.pt", "text.pt", "draft.pt", "gto.pt", "control.pt", "table.md",
-        "results.json", "tokenizer.model", "meta.json", "prompts.jsonl"}
+        "results.json", "report.html", "tokenizer.model", "meta.json", "prompts.jsonl"}
     assert "Greedy output equal to plain greedy decoding: 4 of 4 texts" in printed
     results = json.loads((folder / "out/x/results.json").read_text())
     rows = {(row["T"], row["method"]): row for row in results["rows"]}
@@ -147,14 +147,13 @@ def test_decode(trained):
 def test_show_tree_draws_what_decoding_does(trained, temperature):
     folder, _ = trained
     shown = run(ROOT / "decode.py", "--prompt", "def f", "--max-new-tokens", 8, "--tree", "3,3,8", "--show-tree",
-                "--json", "--temperature", temperature, *DECODE, cwd=folder)
-    assert shown.returncode == 0, shown.stderr
+                "--report", "page.html", "--json", "--temperature", temperature, *DECODE, cwd=folder)
+    assert shown.returncode == 0 and "</html>" in (folder / "page.html").read_text(encoding="utf-8"), shown.stderr
     nodes = [line for line in shown.stdout.splitlines() if "─ " in line]
     assert sum("pruned" not in line for line in nodes) == 8
     emitted = next(line for line in shown.stdout.splitlines() if line.startswith("emitted: "))
     assert f"({sum('accepted' in line for line in nodes)} drafts" in emitted
-    if temperature == 0:
-        assert f"({json.loads(shown.stdout.splitlines()[-1])['acceptance_lengths'][0] - 1} drafts" in emitted
+    assert f"({json.loads(shown.stdout.splitlines()[-1])['acceptance_lengths'][0] - 1} drafts" in emitted
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -15,6 +15,7 @@ from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.data import read_prompts
 from gto.engine import Engine, cut
 from gto.evaluate import speeds
+from gto.page import decode_of, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
 from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, ranks, start, table
@@ -114,6 +115,14 @@ def benchmark(target, methods, encoding, questions, arguments):
                 row["equal"] = len(prompts) - len(found)
                 apart += [{"method": name, **place} for place in found]
             rows.append(row)
+    if arguments.report:
+        engine = makers[name](capacity=len(prompts[0]) + new_tokens)
+        of = {name: [row for row in rows if row["method"] == name] for name in methods}
+        charts = [{"title": key, "x": "temperature", "y": key, "names": [row["T"] for row in of[name]],
+                   "series": [{"name": method, "points": list(enumerate(row[key] for row in own))}
+                              for method, own in of.items()]} for key in ("tau", "speedup")]
+        write_page(arguments.report, f"Side by side, and a decode by {name}",
+                   decode_of(engine, prompts[0], encoding, new_tokens, stop), charts=charts, rows=rows)
     return {"rows": rows, "divergences": apart}
 
 
@@ -133,6 +142,7 @@ def main(argv=None):
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report", metavar="FILE.html", help="a page with figures, and a decode")
     parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 2 or arguments.limit < 0:

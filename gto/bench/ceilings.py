@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from gto.evaluate import replay_text, tau
 from gto.model import Prefix
-from gto.show import path_log_prob
+from gto.page import path_log_prob
 from gto.tree import draft_candidates, draft_tree, rerank
 
 

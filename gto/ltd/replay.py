@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from gto.evaluate import accepted_length, fixed_text
+from gto.evaluate import accepted_path, fixed_text
 from gto.ltd.engine import AdaptiveEngine
 from gto.ltd.policy import Fixed, observe
 from gto.model import Prefix
@@ -42,7 +42,7 @@ def record(target, head, prompts, positions, space):
             observation.append(observe(draft.scores, length, space))                  # [n, width]
             for nodes in (space.nodes(depth, size) for size in range(len(space.sizes))):
                 tree = rerank(root, *candidates(draft), TreeShape(space.top_k, depth, max(nodes, 1)))
-                accepted.append(accepted_length(fixed, rows, length, tree) * (nodes > 0))   # [n]
+                accepted.append(accepted_path(fixed, rows, length, tree)[1] * (nodes > 0))  # [n]
         texts.append((torch.stack(observation, dim=1), torch.stack(accepted, dim=1).unflatten(1, (space.depth, -1))))
     return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
 
