@@ -10,7 +10,6 @@
     torchrun --nproc_per_node=2 decode.py --target Llama-3.3-70B-Instruct ...      the target split over two GPUs
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain."""
-import itertools
 import json
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.engine import Engine
 from gto.evaluate import Decoded
-from gto.page import decode_of, tree_text, watch, write_page
+from gto.page import tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
 from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, rank, ranks, start, synchronize
@@ -123,13 +122,14 @@ def main():
         same = "" if sampling.temperature else "the same tokens, " if identical else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)
         result |= {"speedup": speedup, "identical": identical}
-    engine = Engine(target, head, shape, sampling, capacity=capacity)
-    torch.manual_seed(arguments.seed)
-    if arguments.show_tree and len(decoded.tokens) > 1:
-        _, first = itertools.islice(watch(engine, prompt, encoding, n, stop, dropped=2), 2)
-        print("\n" + tree_text(first, engine.score_temp))
-    if arguments.report:
-        write_page(arguments.report, "A decode by draft trees", decode_of(engine, prompt, encoding, n, stop))
+    if arguments.show_tree or arguments.report:
+        torch.manual_seed(arguments.seed)
+        engine, most = Engine(target, head, shape, sampling, capacity=capacity), n if arguments.report else shape.depth + 2
+        watched = watch(engine, prompt, encoding, min(n, most), stop)
+        if arguments.show_tree:
+            print("\n" + tree_text(watched))
+        if arguments.report:
+            write_page(arguments.report, "A decode by draft trees", watched)
     if arguments.json:
         print(json.dumps(result))
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gto.checkpoint import read_log, seconds_of
 from gto.engine import Engine, cut
 from gto.model import Prefix
-from gto.page import charts_of_run, decode_of, write_page
+from gto.page import charts_of_run, watch, write_page
 from gto.rollout import Text, target_forward
 from gto.tree import TreeShape, draft_tree
 from gto.util import one_thread_if_small, rank, synchronize, table, write_text
@@ -244,6 +244,6 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
     write_text(out / "results.json", json.dumps(results | {"differences": differences}, indent=1) + "\n")
     write_text(out / "table.md", text + "\n")
     engine = Engine(target, heads["gto"][0], TreeShape.parse(config.tree), capacity=len(prompts[0]) + new_tokens)
-    write_page(out / "report.html", f"A run: {out}", decode_of(engine, prompts[0], encoding, new_tokens, stop), lines,
+    write_page(out / "report.html", f"A run: {out}", watch(engine, prompts[0], encoding, new_tokens, stop), lines,
                charts_of_run(results, read_log(out)), rows)
     return text

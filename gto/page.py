@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 
+from gto.engine import cut
 from gto.model import Prefix
 from gto.rollout import score_inner_nodes
 from gto.tokenizer import StreamDecoder, token_bytes
@@ -18,18 +19,18 @@ from gto.util import rank, synchronize, write_text
 
 
 @torch.inference_mode()
-def watch(engine, prompt, encoding, new_tokens, stop=(), dropped=1):
-    """Decode a prompt (token ids) as `engine.generate` does and yield what is to be seen: first of the prefill, which
-    drafts nothing, then of every cycle, ready for JSON:
+def watch(engine, prompt, encoding, new_tokens, stop=()):
+    """Decode a prompt (token ids) as `engine.generate` does. -> what is to be seen of it, ready for JSON: prompt, its
+    text; setting; score_temp; cycles, the first being the prefill, which drafts nothing. Each has
 
     emitted  texts of the tokens; all but the last one were drafted
-    nodes    the tree, and of each node's pruned children the best `dropped`; node 0 is the root, parents come first:
-             token, parent, head and target (probabilities of the token behind its path: the head's at the engine's
+    nodes    the tree, and the best of each node's pruned children; node 0 is the root, parents come first: token,
+             parent, head and target (probabilities of the token behind its path: the head's at the engine's
              score temperature, the target's at the decoding temperature), path (product of the head's), kept, accepted
     ms       by part of the cycle. On a GPU slower than in decoding, where all parts are one CUDA graph"""
     decoder, room = StreamDecoder(encoding), min(new_tokens, engine.capacity - len(prompt))
     new = engine.prefill([prompt])
-    yield {"emitted": [decoder.push(new)], "nodes": [], "ms": {}}
+    cycles = [{"emitted": [decoder.push(new)], "nodes": [], "ms": {}}]
     written = len(new)
     while written < room and not any(token in stop for token in new):
         prefix, times = Prefix(engine.target_cache, engine.length.clone()), [moment(engine)]
@@ -40,13 +41,15 @@ def watch(engine, prompt, encoding, new_tokens, stop=(), dropped=1):
         times.append(moment(engine))
         engine.verify(tree)
         times.append(moment(engine))
-        new = engine.emitted[0, :int(engine.num_accepted) + 1].tolist()
+        new = cut(engine.emitted[0, :int(engine.num_accepted) + 1].tolist(), stop)
         with torch.random.fork_rng():                                                 # what is emitted stays the same
-            nodes = describe(engine, encoding, root, drafted, prefix, new, dropped)
+            nodes = describe(engine, encoding, root, drafted, prefix, new)
         parts = zip(("extend", "draft", "verify"), times, times[1:])
-        yield {"emitted": [decoder.push([token]) for token in new[:room - written]], "nodes": nodes,
-               "ms": {part: 1e3 * (end - begin) for part, begin, end in parts}}
+        cycles.append({"emitted": [decoder.push([token]) for token in new[:room - written]], "nodes": nodes,
+                       "ms": {part: 1e3 * (end - begin) for part, begin, end in parts}})
         written += len(new)
+    return {"prompt": encoding.decode(prompt), "cycles": cycles, "score_temp": engine.score_temp,
+            "setting": f"tree {engine.shape}, T={engine.sampling.temperature:g}"}
 
 
 def moment(engine):
@@ -54,24 +57,20 @@ def moment(engine):
     return time.perf_counter()
 
 
-def describe(engine, encoding, root, drafted, prefix, emitted, dropped):
-    """The nodes that `watch` yields, of the candidates drafted behind `root`."""
+def describe(engine, encoding, root, drafted, prefix, emitted):
+    """The nodes of a cycle, of the candidates drafted behind `root`."""
     tokens, parents, scores = drafted                                                 # [1, C] each
     T = engine.sampling.temperature or 1.0
     log_P = path_log_prob(engine.target, root, tokens, parents, prefix, engine.shape, T)
     above, words = parents[0].tolist(), tokens[0].tolist()                            # candidate index + 1, 0: the root
     of_head, of_target = ((x - F.pad(x, (1, 0)).gather(1, parents)).exp()[0].tolist() for x in (scores, log_P))
     order = scores[0].sort(descending=True, stable=True).indices.tolist()
-    kept, pruned, shown = set(order[:engine.shape.nodes]), defaultdict(int), []
-    for c in order:
-        is_pruned = c not in kept
-        if not is_pruned or (above[c] == 0 or above[c] - 1 in kept) and pruned[above[c]] < dropped:
-            shown.append(c)
-            pruned[above[c]] += is_pruned
+    kept = set(order[:engine.shape.nodes])
+    best_cut = {above[c]: c for c in reversed(order) if c not in kept and (above[c] == 0 or above[c] - 1 in kept)}
     text = [token_bytes(encoding, token).decode(errors="replace") for token in (root.item(), *words)]
     nodes = [{"token": text[0], "parent": 0, "head": 1.0, "target": 1.0, "path": 1.0, "kept": True, "accepted": True}]
     number, at, depth = {0: 0}, 0, 0        # at: number (candidate + 1) of the last accepted node, `depth` levels down
-    for c in sorted(shown):
+    for c in sorted(kept | set(best_cut.values())):
         accepted = c in kept and above[c] == at and depth < len(emitted) - 1 and words[c] == emitted[depth]
         if accepted:
             at, depth = c + 1, depth + 1
@@ -94,11 +93,13 @@ def path_log_prob(target, root, tokens, parents, prefix, shape, temperature):
     return torch.where(mask, step[:, None], 0.0).sum(-1)[:, 1:]
 
 
-def tree_text(cycle, score_temp):
-    """A cycle that `watch` yielded, drawn for the terminal."""
-    nodes, emitted = cycle["nodes"], cycle["emitted"]
-    lines = [f"{nodes[0]['token']!r}   (behind a token the head's probability at score temperature {score_temp:g} and"
-             " the target's)"]
+def tree_text(watched):
+    """The first cycle that drafts, drawn for the terminal."""
+    if len(watched["cycles"]) < 2:
+        return "no tree: the first token is the target's own, and the last"
+    nodes, emitted = (watched["cycles"][1][part] for part in ("nodes", "emitted"))
+    lines = [f"{nodes[0]['token']!r}   (behind a token the head's probability at score temperature"
+             f" {watched['score_temp']:g} and the target's)"]
 
     def draw(parent, indent):
         branches = [i for i, node in enumerate(nodes) if i and node["parent"] == parent]
@@ -116,20 +117,13 @@ def tree_text(cycle, score_temp):
 
 
 def write_page(path, title, decode, notes=(), charts=(), rows=()):
-    """One self-contained page. decode: what `decode_of` returns; notes: paragraphs; charts: see `charts_of_run`;
+    """One self-contained page. decode: what `watch` returns; notes: paragraphs; charts: see `charts_of_run`;
     rows: of a table."""
-    charts = [*charts, chart_of_time(decode)]
-    data = {"title": title, "notes": notes, "decode": decode, "charts": charts, "rows": rows}
+    data = {"title": title, "notes": notes, "decode": decode, "charts": [*charts, chart_of_time(decode)], "rows": rows}
     text = json.dumps(data, default=str).replace("<", "\\u003c")                      # no </script> among the tokens
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("null /* the page's data */", text)
     if rank() == 0:
         write_text(path, page)
-
-
-def decode_of(engine, prompt, encoding, new_tokens, stop=()):
-    """A decode to step through, for `write_page`."""
-    return {"prompt": encoding.decode(prompt), "cycles": list(watch(engine, prompt, encoding, new_tokens, stop)),
-            "setting": f"tree {engine.shape}, T={engine.sampling.temperature:g}", "score_temp": engine.score_temp}
 
 
 def chart_of_time(decode):

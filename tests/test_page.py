@@ -10,7 +10,7 @@ import torch
 
 from gto.engine import Engine
 from gto.evaluate import calibration, fixed_text, tau, tau_and_misalignment
-from gto.page import charts_of_run, decode_of, tree_text, watch, write_page
+from gto.page import charts_of_run, tree_text, watch, write_page
 from gto.tree import TreeShape
 from gto.verify import Sampling
 from tests.tiny import tiny_models, tiny_prompts
@@ -41,7 +41,7 @@ def test_watching_does_not_change_the_decode(temperature):
     torch.manual_seed(5)
     expected = [new for (new,) in engine.generate([prompt], 40)]
     torch.manual_seed(5)
-    cycles = list(watch(other, prompt, Five(), 40, dropped=2))
+    cycles = watch(other, prompt, Five(), 40)["cycles"]
     assert [len(cycle["emitted"]) for cycle in cycles] == [len(new) for new in expected]
     text = "".join(piece for cycle in cycles for piece in cycle["emitted"])
     assert Five().decode(sum(expected, [])).startswith(text) and len(text) > 35
@@ -60,7 +60,7 @@ def test_watching_does_not_change_the_decode(temperature):
         kept = [node for node in nodes[1:] if node["kept"]]
         cut = [node for node in nodes[1:] if not node["kept"]]
         assert len(kept) == 8 and min(n["path"] for n in kept) >= max((n["path"] for n in cut), default=0)
-        assert max(sum(n["parent"] == i for n in cut) for i in range(len(nodes))) <= 2
+        assert max(sum(n["parent"] == i for n in cut) for i in range(len(nodes))) <= 1
         chosen = [path for path, node in zip(paths, nodes) if node["accepted"]]
         if new is not expected[-1]:                               # which may have been cut short
             assert chosen == [new[:i] for i in range(len(new))]   # the root's, then deeper and deeper
@@ -70,10 +70,11 @@ def test_watching_does_not_change_the_decode(temperature):
 
 
 def test_a_tree_as_text():
-    _, cycle = list(watch(engine_of(), [3, 1, 4], Five(), 8, dropped=0))[:2]
-    lines = tree_text(cycle, 0.4).splitlines()
-    assert len(lines) == 1 + 8 + 1 and sum("accepted" in line for line in lines) == len(cycle["emitted"]) - 1
-    assert "'\\n'" in "".join(lines) and "pruned" not in "".join(lines)
+    watched = watch(engine_of(), [3, 1, 4], Five(), 8)
+    lines, cycle = tree_text(watched).splitlines(), watched["cycles"][1]
+    assert len(lines) == len(cycle["nodes"]) + 1 and sum("pruned" in line for line in lines) == len(cycle["nodes"]) - 9
+    assert sum("accepted" in line for line in lines) == len(cycle["emitted"]) - 1 and "'\\n'" in "".join(lines)
+    assert tree_text(watch(engine_of(), [3, 1, 4], Five(), 1)).startswith("no tree")
 
 
 def test_promises_and_depths_add_up():
@@ -96,7 +97,7 @@ def page_of_a_run(path):
     results = {"rows": rows, "by_depth": by_depth, "calibration": {"0": {"0.4": [[0.1, 0.2], [0.8, 0.7]]}}}
     log = [{"stage": stage, "step": step, "seconds": step, "loss": 3 / step, "token_loss": 2 / step, "reward": step}
            for stage in ("target", "draft", "control", "gto") for step in (10, 20)]
-    decode = decode_of(engine_of(), [3, 1, 4], Five(), 40)
+    decode = watch(engine_of(), [3, 1, 4], Five(), 40)
     write_page(path, "A <run>", decode, ["It & its \"notes\"."], charts_of_run(results, log), rows)
     return decode["cycles"]
 

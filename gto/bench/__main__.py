@@ -15,7 +15,7 @@ from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.data import read_prompts
 from gto.engine import Engine, cut
 from gto.evaluate import speeds
-from gto.page import decode_of, write_page
+from gto.page import watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
 from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, ranks, start, table
@@ -122,7 +122,7 @@ def benchmark(target, methods, encoding, questions, arguments):
                    "series": [{"name": method, "points": list(enumerate(row[key] for row in own))}
                               for method, own in of.items()]} for key in ("tau", "speedup")]
         write_page(arguments.report, f"Side by side, and a decode by {name}",
-                   decode_of(engine, prompts[0], encoding, new_tokens, stop), charts=charts, rows=rows)
+                   watch(engine, prompts[0], encoding, new_tokens, stop), charts=charts, rows=rows)
     return {"rows": rows, "divergences": apart}
 
 
