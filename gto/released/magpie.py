@@ -9,7 +9,7 @@ from gto.data import read_text
 from gto.engine import Engine
 from gto.released.chat import encode, encode_conversations, user_prefix
 from gto.tokenizer import StreamDecoder
-from gto.util import UserError, append_log, rank, wait
+from gto.util import UserError, rank, wait
 from gto.verify import Sampling
 
 QUESTION = 64     # tokens, at most
@@ -19,7 +19,7 @@ LONG_ENOUGH = 8   # characters of a question: a lone word, or a greeting, makes 
 def conversations(config, out, target, chat, data=None):
     """What heads are trained on: the chat .jsonl `data`, or (None) what the target writes into out/chats.jsonl,
     config.texts conversations, every other batch greedy. -> tokens, supervised [n, config.length + config.unroll]."""
-    def answered(questions, number):
+    def converse(questions, number):
         prompts = [encode(chat, [{"role": "user", "content": text}]) for text in questions]
         temperature = float(number // config.text_batch % 2)
         answers = write(target, chat, prompts, config.length - min(map(len, prompts)), temperature)
@@ -28,9 +28,9 @@ def conversations(config, out, target, chat, data=None):
 
     if not data:
         data = out / "chats.jsonl"
-        records = append_lines(data, target, chat, config.texts, config.text_batch, config.seed, answered)
-        for record in records[:3]:
-            question, answer = (message["content"] for message in record["messages"])
+        lines = append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
+        for line in lines[:3]:
+            question, answer = (message["content"] for message in json.loads(line)["messages"])
             print(f"> {question}\n{answer}\n")
     return encode_conversations(data, chat, config.length, config.unroll)
 
@@ -38,29 +38,30 @@ def conversations(config, out, target, chat, data=None):
 def held_out(config, out, target, chat):
     """Prompts of which no head has seen an answer, lists of ids: questions of the target's own, out/prompts.jsonl."""
     count = config.eval_prompts * 5 // 4
-    records = append_lines(out / "prompts.jsonl", target, chat, count, count, config.seed + 1,
-                           lambda questions, _: [{"turns": [question]} for question in questions])
-    return [encode(chat, [{"role": "user", "content": record["turns"][0]}]) for record in records]
+    lines = append_lines(out / "prompts.jsonl", target, chat, count, count, config.seed + 1,
+                         lambda questions, _: [{"turns": [question]} for question in questions])
+    return [encode(chat, [{"role": "user", "content": json.loads(line)["turns"][0]}]) for line in lines]
 
 
-def append_lines(path, target, chat, count, batch, seed, make):
-    """Append make(what users might ask, number of the next line), batch by batch, until `path` has `count` lines,
-    behind those of an interrupted run. -> their records."""
-    records, prefix = [json.loads(line) for line in read_text(path).splitlines()], user_prefix(chat)
-    with tqdm(total=count, initial=len(records), desc=path.stem, unit="line", disable=rank() > 0) as bar:
-        while len(records) < count:
-            torch.manual_seed(seed * 1_000_003 + len(records))
-            written = write(target, chat, [prefix] * min(batch, 16 + 2 * (count - len(records))), QUESTION, 1.0)
+def append_lines(path, target, chat, count, batch, seed, records):
+    """Append records(what users might ask, number of the next line), batch by batch, until `path` has `count` lines,
+    behind those of an interrupted run. -> lines."""
+    lines, prefix = read_text(path).splitlines(), user_prefix(chat)
+    with tqdm(total=count, initial=len(lines), desc=path.stem, unit="line", disable=rank() > 0) as bar:
+        while len(lines) < count:
+            torch.manual_seed(seed * 1_000_003 + len(lines))
+            written = write(target, chat, [prefix] * min(batch, 16 + 2 * (count - len(lines))), QUESTION, 1.0)
             questions = list(dict.fromkeys(text for text, ended in written if ended and len(text) >= LONG_ENOUGH))
             if not questions:
                 raise UserError("the target writes no questions, so it is no chat model: give --data chat.jsonl")
-            new = make(questions, len(records))[:count - len(records)]
-            for record in new:
-                append_log(path, **record)
-            records += new
+            new = [json.dumps(record) for record in records(questions, len(lines))][:count - len(lines)]
+            if rank() == 0:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line in new)
+            lines += new
             bar.update(len(new))
     wait()
-    return records
+    return lines
 
 
 def write(target, chat, prompts, most, temperature):
