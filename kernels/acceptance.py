@@ -73,9 +73,8 @@ def _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS: tl.constexpr):
 def _first_above(mass, threshold, SIZE: tl.constexpr):
     """Index of the first entry at which the cumulated mass exceeds the threshold, and the mass before it.
 
-    A parallel sum rounds differently from entry to entry, so the cumulated mass may rise where the mass is 0, or
-    its end stay below the threshold: an entry without mass is never taken, and the last one with mass is the default.
-    """
+    A parallel sum rounds differently from entry to entry, so the cumulated mass may rise where the mass is 0, or its
+    end stay below the threshold: an entry without mass is never taken, the last one with mass is the default."""
     index = tl.arange(0, SIZE)
     cumulated = tl.cumsum(mass, axis=0)
     last = tl.max(tl.where(mass > 0, index, 0), axis=0)
@@ -121,7 +120,7 @@ def _log_prob_kernel(logits_ptr, top_ptr, sum_ptr, tokens_ptr, parents_ptr, log_
 def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
     (B, N, V), device, greedy = logits.shape, logits.device, temperature == 0
     chunk = min(CHUNK, triton.next_power_of_2(V))
-    chunks = -(-V // chunk)
+    chunks = triton.cdiv(V, chunk)
     top, total = torch.empty(2, B * N, chunks, dtype=torch.float32, device=device)
     best = torch.empty(B * N, chunks, dtype=torch.int32, device=device) if greedy else None
     choice = torch.empty(B, N, dtype=torch.long, device=device)

@@ -44,7 +44,7 @@ def microseconds(calls, copies, want, tolerance):
 
 def attention(H, G, N, S):
     """A tree of N nodes behind a prefix of S tokens, H query and G key heads."""
-    T = -(-(S + N) // 16) * 16                                         # padded, or SDPA pads its mask in every call
+    T = triton.cdiv(S + N, 16) * 16                                    # padded, or SDPA pads its mask in every call
     copies = 1 + COLD // (2 * G * T * D * 2)
     q, K, V = randn(1, H, N, D), randn(copies, 1, G, T, D), randn(copies, 1, G, T, D)
     mask = torch.eye(N, dtype=torch.bool)

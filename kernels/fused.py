@@ -78,7 +78,7 @@ def rotate_triton(x, cos, sin):
     B, N, H, D = x.shape
     out = torch.empty(B, N, H, D, dtype=x.dtype, device=x.device)
     HEADS = min(8, triton.next_power_of_2(H))
-    _rotate_kernel[(B * N, -(-H // HEADS))](
+    _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
         x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
         HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
     return out
@@ -106,5 +106,5 @@ def silu_mul_triton(gate_up):
     rows = gate_up.reshape(-1, 2 * F)
     out = torch.empty(*gate_up.shape[:-1], F, dtype=gate_up.dtype, device=gate_up.device)
     BLOCK = min(1024, triton.next_power_of_2(F))
-    _silu_mul_kernel[(len(rows), -(-F // BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
+    _silu_mul_kernel[(len(rows), triton.cdiv(F, BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
     return out
