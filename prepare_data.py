@@ -1,8 +1,7 @@
 """Text or code -> a tokenizer and token files, in data/<dataset>. See gto/data.py for what is written.
 
     python prepare_data.py                                the standard library of this Python
-    python prepare_data.py --input notes.txt src/
-"""
+    python prepare_data.py --input notes.txt src/"""
 from gto.data import DEFAULT_VOCAB_SIZE, prepare
 from gto.util import argument_parser, main_guard
 

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from kernels import next_power_of_2, processors, tl, triton, use_triton
+from kernels import tl, triton, use_triton
 
 
 def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
@@ -28,12 +28,9 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     length   [B] int64       tree b sees cache positions 0 .. length[b]-1; may be 0
     sequence [B] int64       the cache row of tree b; None: row b. Several trees may share a row.
     Returns  [B, H, N, D] in q's dtype; softmax(q k / sqrt(D)) v, accumulated in float32."""
-    run = tree_attention_triton if use_triton(q) else tree_attention_reference
-    return run(q, k, v, mask, k_cache, v_cache, length, sequence)
-
-
-def tree_attention_reference(q, k, v, mask, k_cache, v_cache, length, sequence=None):
-    """One softmax over [prefix, tree], as a student would write it."""
+    if use_triton(q):
+        return tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence)
+    # One softmax over [prefix, tree], as a student would write it.
     (B, H, N, D), G = q.shape, k.shape[1]
     S = int(length.max())                                                            # a sync: fine on CPU
     k_prefix, v_prefix = k_cache[:, :, :S], v_cache[:, :, :S]                         # [C, G, S, D]
@@ -53,8 +50,7 @@ def tree_attention_reference(q, k, v, mask, k_cache, v_cache, length, sequence=N
 @triton.jit
 def _attend(q, k, v, visible, scale, top, total, acc):
     """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction.
-    "ieee" concerns float32 only, whose products would else be rounded to 10 bits (tf32): greedy decoding must be exact.
-    """
+    "ieee" concerns float32 only: greedy decoding must be exact, and tf32 would round its products to 10 bits."""
     scores = tl.dot(q, k, input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
@@ -146,24 +142,21 @@ def _combine_kernel(
              mask=(row < rows)[:, None] & (dims < D)[None, :])
 
 
-def block_shape(rows, dtype):
-    """(BLOCK_M, BLOCK_N, warps, stages) for `rows` = N * H / G rows per key head."""
-    if dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
-        return 16, 16, 4, 2
-    return min(max(16, next_power_of_2(rows)), 64), 64, 8 if rows > 32 else 4, 3
-
-
 def split_count(programs, capacity, device):
     """As few splits as fill the GPU: a split's partial output in float32 costs as much traffic as its keys do when
     rows and keys are equally many. Nor is a split worth its overhead below two blocks of keys."""
-    return max(1, min(processors(device) // programs, capacity // 128, 64))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return max(1, min(processors // programs, capacity // 128, 64))
 
 
 def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     (B, H, N, D), (G, M), S = q.shape, k.shape[1:3], k_cache.shape[2]
-    BLOCK_M, BLOCK_N, warps, stages = block_shape(N * H // G, q.dtype)
-    BLOCK_D = max(16, next_power_of_2(D))
-    programs = B * G * -(-N * H // G // BLOCK_M)
+    rows = N * H // G                                                                 # per key head
+    BLOCK_M, BLOCK_N, warps, stages = min(max(16, triton.next_power_of_2(rows)), 64), 64, 8 if rows > 32 else 4, 3
+    if q.dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
+        BLOCK_M, BLOCK_N, warps, stages = 16, 16, 4, 2
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    programs = B * G * triton.cdiv(rows, BLOCK_M)
     splits = split_count(programs, S, q.device)
     out = q.new_empty(B, N, H, D)
     if splits == 1:
@@ -177,7 +170,7 @@ def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None
         math.log2(math.e) / math.sqrt(D), GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
         PARTIAL=splits > 1, num_warps=warps, num_stages=stages)
     if splits > 1:
-        ROWS = max(1, 32 // next_power_of_2(splits))
-        _combine_kernel[(-(-B * N * H // ROWS),)](
-            part, lse, out, B * N * H, splits, D=D, SPLITS=next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
+        ROWS = max(1, 32 // triton.next_power_of_2(splits))
+        _combine_kernel[(triton.cdiv(B * N * H, ROWS),)](
+            part, lse, out, B * N * H, splits, D=D, SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
     return out.transpose(1, 2)

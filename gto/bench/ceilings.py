@@ -9,9 +9,8 @@ from gto.tree import draft_candidates, draft_tree, rerank
 
 
 class TargetAsHead:
-    """The target in the draft head's place: drafts with its own distribution. For `draft_tree`.
-    Its "hidden states" are logits; its "keys and values" of the nodes drafted so far are these nodes themselves, which
-    every further level runs again."""
+    """The target in the draft head's place, for `draft_tree`: drafts with its own distribution. Its "hidden states" are
+    logits, its "keys and values" the nodes drafted so far themselves, which every further level runs again."""
 
     def __init__(self, target):
         self.target = target

@@ -1,8 +1,7 @@
 """Learning to Draft on this machine: measure, record, learn, and a table beside every simpler way to choose.
 
     python -m gto.ltd                        leaves out/policy-draft.pt, out/policy-gto.pt and the table out/ltd.md
-    python decode.py --prompt "import os" --adaptive
-"""
+    python decode.py --prompt "import os" --adaptive"""
 from pathlib import Path
 
 import torch

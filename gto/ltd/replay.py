@@ -47,11 +47,14 @@ def record(target, head, prompts, positions, space):
     return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
 
 
-def clock(engine):
-    """From now on the engine keeps how long each part of a cycle takes that it runs. -> {key: [seconds]}."""
-    times, run = defaultdict(list), engine.run
+@torch.inference_mode()                                                               # as in decoding
+def measure(target, head, policy, prompts, new_tokens):
+    """Time every part of a cycle while decoding with drafts of full depth, a prompt for each size in turn.
+    Returns the seconds of a cycle by depth and size, twice [levels, sizes], added up from medians: with a fixed tree,
+    and with `policy`, which has to look and to answer. A size that a draft cannot fill is charged as if it could."""
+    engine, space, times = AdaptiveEngine(target, head, policy), policy.space, defaultdict(list)
 
-    def timed(key, part):
+    def timed(key, part, run=engine.run):
         synchronize(engine.device)
         began = time.perf_counter()
         result = run(key, part)
@@ -60,16 +63,6 @@ def clock(engine):
         return result
 
     engine.run = timed
-    return times
-
-
-@torch.inference_mode()                                                               # as in decoding
-def measure(target, head, policy, prompts, new_tokens):
-    """Time every part of a cycle while decoding with drafts of full depth, a prompt for each size in turn.
-    Returns the seconds of a cycle by depth and size, twice [levels, sizes], added up from medians: with a fixed tree,
-    and with `policy`, which has to look and to answer. A size that a draft cannot fill is charged as if it could."""
-    engine, space = AdaptiveEngine(target, head, policy), policy.space
-    times = clock(engine)
     for size, prompt in zip(itertools.cycle(range(len(space.sizes))), prompts):
         engine.policy = Fixed(space, space.depth, size)
         engine.complete([prompt], new_tokens)

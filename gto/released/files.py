@@ -42,8 +42,7 @@ def locate(source):
 
 @lru_cache(1)                                                     # target, tokenizer and template all come from one
 def read_gguf(path):
-    """The file's {key: contents} and its {tensor name: [tensor]}, each still mapped and quantised (see `dequantise`),
-    `shape` as in PyTorch."""
+    """{key: contents}, {tensor name: [tensor]}: each mapped and quantised (see `dequantise`), `shape` as PyTorch's."""
     with reading(path):
         from gguf import GGUFReader
         reader = GGUFReader(path, "c")                            # copy on write: PyTorch takes no read-only arrays

@@ -20,27 +20,9 @@ REDUNDANT = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.
 
 
 def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target as downloaded: a folder of config.json with *.safetensors or *.bin (Llama, Qwen3), or of
-    params.json with consolidated.*.pth (Meta's Llamas), a file *.gguf (Llama, Qwen3), or smollm2 (see files.py).
-
+    """A frozen target as downloaded: a folder of Hugging Face's or Meta's files, a file *.gguf, or smollm2.
     dtype None: bfloat16 on a GPU, float32 on a CPU, where bfloat16 crawls. ranks: see parallel.py."""
     path = Path(path)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    layout, config, tensors = read_target(path)
-    with torch.device("meta"):
-        target = whole = Target(config)
-    if ranks == "gather":
-        parallel.gather(target)
-    elif ranks == "split":
-        target = parallel.tensor_parallel(whole)
-    fill(target, whole, layout, tensors, path, device, dtype)
-    if config.tied:
-        target.unembed.weight = target.embed.weight
-    return target.eval().requires_grad_(False)
-
-
-def read_target(path):
-    """-> layout, config and published tensors of a target."""
     if file := locate(path):
         layout, config_of, (numbers, tensors) = GGUF, gguf_config, read_gguf(file)
     elif (file := path / "config.json").exists():
@@ -51,12 +33,22 @@ def read_target(path):
         raise UserError(f"no target at {path}: give a checkpoint *.pt, a *.gguf, or a folder with config.json (Hugging"
                         f" Face) or params.json (Meta) beside the weights")
     with reading(file):
-        return layout, config_of(numbers, tensors), tensors
+        config = config_of(numbers, tensors)
+    with torch.device("meta"):
+        target = whole = Target(config)
+    if ranks == "gather":
+        parallel.gather(target)
+    elif ranks == "split":
+        target = parallel.tensor_parallel(whole)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    fill(target, whole, layout, tensors, path, device, dtype)
+    if config.tied:
+        target.unembed.weight = target.embed.weight
+    return target.eval().requires_grad_(False)
 
 
 def load_head(path, target, dtype=None):
-    """A draft head for this target, on its device and (dtype None) of its type, from an EAGLE-3 folder: config.json
-    with pytorch_model.bin or model.safetensors."""
+    """A draft head for this target, on its device and (dtype None) of its type, from an EAGLE-3 folder."""
     path, like = Path(path), target.norm.weight
     numbers, tensors = read_json(path / "config.json"), map_files(path)
     with reading(f"the EAGLE-3 head {path}"):
@@ -81,8 +73,8 @@ def fill(model, whole, layout, tensors, path, device, dtype):
     filled = {}
     for name, parts in tqdm(wanted.items(), f"load {path.name}", leave=False, disable=rank() > 0 or None):
         with reading(path):
-            weight = torch.cat([join(source, tensors[source], shape, whole.config) for source, shape in parts])
-        filled[name] = parallel.shard(name, weight.to(dtype), model.get_parameter(name), whole.config).to(device)
+            found = [join(source, tensors[source], shape, whole.config).to(dtype) for source, shape in parts]
+        filled[name] = parallel.shard(name, found, model.get_parameter(name)).to(device)
     model.load_state_dict(filled, strict=False, assign=True)
     # Not a parameter, and float32 whatever the weights are. Llama 3.1's scaling is a tensor of divisors in a GGUF file.
     frequencies = rotary_frequencies(model.config)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from gto.data import read_text
 from gto.engine import Engine
 from gto.released.chat import encode, encode_conversations, user_prefix
-from gto.tokenizer import token_bytes
+from gto.tokenizer import StreamDecoder
 from gto.util import UserError, rank, wait
 from gto.verify import Sampling
 
@@ -69,5 +69,5 @@ def write(target, chat, prompts, most, temperature):
     engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
                     capacity=max(map(len, prompts)) + most)
     rows = [sum(parts, []) for parts in zip(*engine.generate(prompts, most, chat.stops))]
-    return [(b"".join(token_bytes(chat.encoding, token) for token in row if token not in chat.stops)
-             .decode("utf-8", "ignore").strip(), row[-1] in chat.stops) for row in rows]
+    return [(StreamDecoder(chat.encoding).push(token for token in row if token not in chat.stops).strip(),
+             row[-1] in chat.stops) for row in rows]

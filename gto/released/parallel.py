@@ -36,8 +36,9 @@ def tensor_parallel(target):
     return share
 
 
-def shard(name, whole, parameter, config):
-    """What this rank keeps of the target's weight `name`, to stand for `parameter`; config: the whole target's."""
+def shard(name, parts, parameter):
+    """What this rank keeps of the target's weight `name`, which is these parts stacked, to stand for `parameter`."""
+    whole = torch.cat(parts)
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)   # no message
@@ -45,6 +46,4 @@ def shard(name, whole, parameter, config):
         return whole
     if name.endswith(("out.weight", "down.weight")):                                  # its inputs are split
         return whole.chunk(ranks(), dim=1)[rank()].contiguous()
-    H, G, D = config.heads, config.kv_heads, config.head_dim
-    parts = whole.split([H * D, G * D, G * D]) if name.endswith("qkv.weight") else whole.chunk(2)
     return torch.cat([part.chunk(ranks())[rank()] for part in parts])
