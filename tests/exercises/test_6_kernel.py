@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import acceptance
-from kernels.acceptance import score_nodes_reference, score_nodes_triton
+from kernels.acceptance import score_nodes, score_nodes_triton
 from tests.exercises.task import todo
 from tests.test_kernels import DEVICE, assert_close, assert_inverse_cdf, scoring_inputs
 
