@@ -2,17 +2,18 @@
 targets, heads and tokenizers, ours or released ones (gto/released is imported only when it is asked for one).
 Under torchrun all ranks call these functions together; rank 0 writes."""
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from gto.config import Config
+from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
-from gto.tokenizer import make_encoding, read_own_meta, read_ranks
-from gto.util import UserError, append_log, rank, wait, write_text, write_whole
+from gto.tokenizer import describe, make_encoding, read_own_meta, read_ranks
+from gto.util import UserError, append_log, rank, reading, wait, write_text, write_whole
 
 
 def save(path, **contents):
@@ -27,13 +28,12 @@ def read(path, kind, device="cpu"):
     if not path.exists():
         maker = "python -m gto.ltd" if kind == "policy" else "python train.py"
         raise UserError(f"{path} does not exist: make it with {maker}, or name another file")
-    try:
+    with reading(path):
         contents = torch.load(path, map_location=device, weights_only=True)
-        found = contents["kind"]
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of this project, or is cut short ({type(error).__name__})")
-    if found != kind:
-        raise UserError(f"{path} holds a {found}, a {kind} is needed here")
+        if contents["kind"] != kind:
+            raise UserError(f"it holds a {contents['kind']}, a {kind} is needed here")
+        if not all(weight.isfinite().all() for weight in contents.get("model", {}).values()):
+            raise UserError("it holds weights that are infinite or no numbers")
     return contents
 
 
@@ -44,8 +44,9 @@ def load_target(path, device="cpu", dtype=None, ranks=None):
         from gto.released import load
         return load.load_target(path, device, dtype, ranks)
     contents = read(path, "target", device)
-    target = Target(ModelConfig(**contents["config"])).to(device)
-    target.load_state_dict(contents["model"])
+    with reading(path):
+        target = Target(ModelConfig(**contents["config"])).to(device)
+        target.load_state_dict(contents["model"])
     return cast(target, dtype).eval().requires_grad_(False)
 
 
@@ -56,9 +57,21 @@ def load_head(path, target, dtype=None):
         return load.load_head(path, target, dtype)
     device = target.norm.weight.device
     contents = read(path, "head", device)
-    head = DraftHead(HeadConfig(**contents["config"]).check_fits(path, target), target).to(device)
-    head.load_state_dict(contents["model"])
+    with reading(path):
+        head = DraftHead(HeadConfig(**contents["config"]).check_fits(target), target).to(device)
+        head.load_state_dict(contents["model"])
     return cast(head, dtype).eval()
+
+
+def load_texts(path, target):
+    """What heads for this target are trained on: tokens, supervised [n, T], see `gto.training.Texts`."""
+    contents = read(path, "text")
+    with reading(path):
+        tokens, supervised = contents["tokens"], contents["supervised"]
+        if (tokens.dim(), tokens.is_floating_point(), supervised.dtype) != (2, False, torch.bool) or not (
+                tokens.shape == supervised.shape and 0 <= tokens.min() <= tokens.max() < target.config.vocab_size):
+            raise UserError("its texts are not of this target")
+    return tokens, supervised
 
 
 def load_encoding(source):
@@ -68,9 +81,13 @@ def load_encoding(source):
     folder = Path(source).parent if Path(source).suffix in (".pt", ".model") else Path(source)
     meta, path = read_own_meta(folder), folder / "tokenizer.model"
     if meta and (ranks := read_ranks(path)):                      # written by prepare_data.py or train.py
-        return make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"], meta["normalizer"])
+        with reading(f"{path}, or meta.json beside it,"):
+            encoding = make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"], meta["normalizer"])
+            if {**meta, **describe(encoding)} != {"ranks": len(ranks)} | meta:
+                raise UserError("they contradict each other")
+            return encoding
     from gto.released import tokenizers
-    return tokenizers.load(source)
+    return tokenizers.load(folder if Path(source).suffix == ".pt" else source)
 
 
 def remember_config(out, config, corpus=None, **inputs):
@@ -79,7 +96,8 @@ def remember_config(out, config, corpus=None, **inputs):
     path, now = out / "config.json", {**asdict(config), **inputs}
     if rank() == 0:
         if path.exists():
-            before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
+            with reading(path):
+                before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
             if changed := [name for name, value in now.items() if before[name] != value]:
                 raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir")
         out.mkdir(parents=True, exist_ok=True)
@@ -91,10 +109,9 @@ def remember_config(out, config, corpus=None, **inputs):
 
 def load_config(out):
     """The Config that train.py wrote to this folder."""
-    try:
-        return Config(**json.loads(Path(out, "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{out}/config.json is missing, or of another version: run python train.py first") from None
+    path = Path(out, "config.json")
+    with reading(f"{path}, which python train.py writes,"):
+        return check(Config(**json.loads(path.read_text())))
 
 
 def run_folder(out_dir, target):
@@ -123,5 +140,9 @@ def finish(name, model, out, **record):
 
 def seconds_of(out, stage):
     """How long a finished stage took."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [line["seconds"] for line in lines if line.get("stage") == stage and line.get("finished")][-1]
+    with reading(path := Path(out, "log.jsonl")):
+        lines = map(json.loads, path.read_text().splitlines())
+        *_, seconds = (line["seconds"] for line in lines if line.get("stage") == stage and line.get("finished"))
+        if not 0 < seconds < math.inf:
+            raise UserError(f"stage {stage} took {seconds} seconds")
+        return seconds
