@@ -87,7 +87,7 @@ def load_encoding(source):
                 raise UserError("they contradict each other")
             return encoding
     from gto.released import tokenizers
-    return tokenizers.load(folder if Path(source).suffix == ".pt" else source)
+    return tokenizers.load(path if Path(source).suffix == ".pt" else source)
 
 
 def remember_config(out, config, corpus=None, **inputs):
@@ -98,8 +98,8 @@ def remember_config(out, config, corpus=None, **inputs):
         if path.exists():
             with reading(path):
                 before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
-            if changed := [name for name, value in now.items() if before[name] != value]:
-                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir")
+            if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+                raise UserError(f"{path} has another {', '.join(changed)}: choose another --out-dir")
         out.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
             shutil.copy(Path(corpus.directory) / name, out / name)

@@ -118,6 +118,8 @@ def check(c):
     if c.heads % c.kv_heads or c.head_dim % 2:
         raise UserError(f"--heads {c.heads} --kv-heads {c.kv_heads} --head-dim {c.head_dim}: the kv-heads must divide"
                         " the heads, and head-dim must be even")
+    if tree.top_k > min(c.draft_vocab_size, c.vocab_size):
+        raise UserError(f"--tree {tree}: a head of --draft-vocab-size {c.draft_vocab_size} has not so many children")
     if c.length <= max(c.prompt_length, c.unroll + 2, c.group_size + tree.depth + 1):
         raise UserError(f"--length {c.length}: too short for --prompt-length {c.prompt_length}, --unroll {c.unroll}, or"
                         f" --group-size {c.group_size} and a tree of depth {tree.depth}")

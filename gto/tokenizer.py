@@ -51,7 +51,7 @@ def make_encoding(name, pattern, ranks, specials, normalizer=None):
     if len(set(ids)) < len(ids) or not ranks.keys() >= set(single[32:127]):
         raise ValueError("not a byte-level vocabulary with a distinct id for each token")
     encoding = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    unicodedata.normalize(normalizer or "NFC", "")                # ValueError if there is no such form
+    unicodedata.normalize(normalizer or "NFC", "é")               # ValueError if there is no such form
     encoding.normalizer, encoding.unknown = normalizer, b"".join(byte for byte in single if byte not in ranks)
     return encoding
 

@@ -15,6 +15,7 @@ import torch
 
 from gto import checkpoint
 from gto.bench.ceilings import ceilings
+from gto.config import check
 from gto.data import PROMPT, read_prompts
 from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
 from gto.loss import OBJECTIVES
@@ -48,8 +49,8 @@ class Ablation:
         config, self.folder = checkpoint.load_config(out), out / arguments.name
         if self.folder.resolve().parent != out.resolve():
             raise UserError(f"--name {arguments.name}: must be the name of a folder in {out}")
-        self.config = config = replace(config, tree=str(arguments.tree or config.tree), objective="gto",
-                                       gto_steps=arguments.steps or config.gto_steps)
+        self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objective="gto",
+                                             gto_steps=arguments.steps or config.gto_steps))
         self.shape = TreeShape.parse(config.tree)
         self.target = checkpoint.load_target(out / "target.pt", arguments.device, dtype)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)

@@ -1,11 +1,12 @@
 """Our draft head -> EAGLE-3's files, for EAGLE, SGLang and vLLM: python -m gto.released.export out/gto.pt FOLDER"""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from gto import checkpoint
-from gto.head import HeadConfig
+from gto.head import DraftHead, HeadConfig
 from gto.released.layouts import EAGLE, pieces
 from gto.util import UserError, argument_parser, main_guard, reading, write_text
 
@@ -17,6 +18,7 @@ def export(source, folder, dtype=torch.float16):
         raise UserError(f"{folder} holds a model: choose another folder")
     with reading(source):
         config, weights = HeadConfig(**contents["config"]), contents["model"]
+        DraftHead(config, SimpleNamespace(embed=None)).load_state_dict(weights)       # to see that they fit
         ids = weights.pop("token_ids")
         for name, weight in weights.items():
             parts = pieces(config, EAGLE, name, weight.shape)
