@@ -38,7 +38,8 @@ def parse_arguments():
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; 1,n,n is a chain (default: 2,4,8, on a GPU 10,7,60)")
+    parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; 1,n,n is a chain"
+                        " (default: 2,4,8, on a GPU 10,7,60)")
     parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
                         " default: the one that python -m gto.ltd left for the head")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=128)

@@ -89,9 +89,9 @@ PRESETS = {
 
 
 CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected")}
-LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed"), 0) | {"eval_prompts": 4, "eval_tokens": 2}
-MAY_BE_ZERO = {"head_muon_lr", "muon_lr", "omega", "delta", "eps"}
-# Tensors that may be too large, about, by the numbers whose product is their size.
+LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr", "muon_lr", "omega", "delta", "eps"),
+                      0) | {"eval_prompts": 4, "eval_tokens": 2}
+# What may be too large for any memory, by the numbers whose product is about its size.
 TENSORS = ("layers dim ffn_dim", "layers dim heads head_dim", "vocab_size dim", "dim head_ffn_dim", "texts length",
            "target_batch length vocab_size", "text_batch length layers heads head_dim", "head_batch accumulate length",
            "gto_batch accumulate groups group_size length", "eval_prompts eval_tokens layers heads head_dim")
@@ -105,15 +105,14 @@ def preset(name, **changes):
 def check(c):
     """The config itself; a UserError that names the flag if a number cannot be right."""
     for field in fields(c):
-        name, value = field.name, getattr(c, field.name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        least = LEAST.get(name, 1) if field.type is int else 0 if name in MAY_BE_ZERO else 1e-30
-        if not isinstance(value, (int, float) if field.type is float else field.type):
-            raise UserError(f"{flag}: must be of type {field.type.__name__}")
-        if field.type in (int, float) and not least <= value <= MOST:
-            raise UserError(f"{flag}: must be a number from {least:g} to {MOST}")
-        if value not in CHOICES.get(name, (value,)):
-            raise UserError(f"{flag}: choose {', '.join(CHOICES[name])}")
+        name, value, least = field.name, getattr(c, field.name), LEAST.get(field.name, 1e-30 ** (field.type is float))
+        if not isinstance(value, (int, float) if field.type is float else field.type) or (
+                field.type in (int, float) and not least <= value <= MOST) or value not in CHOICES.get(name, (value,)):
+            wanted = ", ".join(CHOICES.get(name, ())) or f"{field.type.__name__}, a number from {least:g} to {MOST}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    for names in map(str.split, TENSORS):
+        if (size := prod(getattr(c, name) for name in names)) > 1e11:
+            raise UserError(f"--{' --'.join(names).replace('_', '-')}: together too large, their product is {size:.0e}")
     tree = TreeShape.parse(c.tree)
     if c.heads % c.kv_heads or c.head_dim % 2:
         raise UserError(f"--heads {c.heads} --kv-heads {c.kv_heads} --head-dim {c.head_dim}: the kv-heads must divide"
@@ -123,8 +122,4 @@ def check(c):
     if c.length <= max(c.prompt_length, c.unroll + 2, c.group_size + tree.depth + 1):
         raise UserError(f"--length {c.length}: too short for --prompt-length {c.prompt_length}, --unroll {c.unroll}, or"
                         f" --group-size {c.group_size} and a tree of depth {tree.depth}")
-    for names in map(str.split, TENSORS):
-        if (size := prod(getattr(c, name) for name in names)) > 1e11:
-            flags = " ".join(f"--{name.replace('_', '-')}" for name in names)
-            raise UserError(f"{flags}: their product, the size of a tensor, is {size:.0e}; lower one of them")
     return c

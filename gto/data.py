@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gto.checkpoint import load_encoding
 from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, make_encoding, read_own_meta, save_tokenizer, train_bpe
-from gto.util import UserError, write_text, write_whole
+from gto.util import UserError, reading, write_text, write_whole
 
 DEFAULT_VOCAB_SIZE = 2048
 BPE_SAMPLE_CHARS = 20_000_000       # more text does not change a small vocabulary, but costs time
@@ -161,10 +161,7 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
 def make_room(out):
     """Create `out`, incomplete from here on; refuse a folder whose tokenizer.model or meta.json somebody else wrote."""
     out, ours = Path(out), read_own_meta(out) is not None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    out.mkdir(parents=True, exist_ok=True)
     for path in filter(Path.exists, (out / "meta.json", out / "tokenizer.model")):
         if not ours:
             raise UserError(f"{path} is not of a data directory, but a model's perhaps: choose another --out")
@@ -186,16 +183,13 @@ class Corpus:
 
     def __init__(self, directory):
         self.directory, meta = directory, read_own_meta(directory)
-        try:
+        with reading(f"{directory}, made by python prepare_data.py --out {directory},"):
             self.vocab_size, self.eot_id = meta["vocab_size"], meta["eot_id"]
             self.tokens = {side: np.memmap(Path(directory, f"{side}.bin"), meta["dtype"], "r")
                            for side in ("train", "val")}          # [tokens]
             if any(len(tokens) != meta[f"{side}_tokens"] or tokens.max() >= self.vocab_size
                    for side, tokens in self.tokens.items()):
-                raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{directory} holds no prepared data, or only a part: run python prepare_data.py --out"
-                            f" {directory}, or name another directory") from None
+                raise UserError("it is only a part, or of another vocabulary")
         self.encoding, self.prompts = load_encoding(directory), read_prompts(Path(directory, "prompts.jsonl"))
 
     def prompt_ids(self, limit=None):

@@ -22,8 +22,8 @@ class HeadConfig(ModelConfig):
     def check_fits(self, target):
         """The config itself; a UserError if a head with these numbers drafts for another target."""
         if (self.target_dim, self.vocab_size) != (target.config.dim, target.config.vocab_size):
-            raise UserError(f"it was made for another target: {self.target_dim} wide with {self.vocab_size} tokens, this"
-                            f" one has {target.config.dim} and {target.config.vocab_size}")
+            raise UserError(f"it was made for another target: {self.target_dim} wide with {self.vocab_size} tokens,"
+                            f" this one has {target.config.dim} and {target.config.vocab_size}")
         return self
 
 

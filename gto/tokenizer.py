@@ -68,11 +68,6 @@ def save_tokenizer(path, encoding):
     """Write any encoding as tokenizer.model, a rank file or in the format it came in. -> what meta.json says of it."""
     save = getattr(encoding, "save", None)
     save(path) if save else save_ranks(path, encoding._mergeable_ranks)
-    return describe(encoding)
-
-
-def describe(encoding):
-    """A tokenizer's part of meta.json."""
     return {"vocab_size": encoding.n_vocab, "ranks": len(getattr(encoding, "_mergeable_ranks", ())),
             "pattern": getattr(encoding, "_pat_str", None), "normalizer": getattr(encoding, "normalizer", None),
             "special_tokens": encoding._special_tokens, "eot_id": end_of_text_id(encoding)}

@@ -18,9 +18,8 @@ class UserError(Exception):
 
 
 def main_guard(main):
-    """Run `main()` as a program: a UserError, or a file that cannot be opened or written, becomes one line on stderr and
-    exit status 2."""
-    sys.stdout.reconfigure(errors="replace")                       # a prompt may be of any bytes, a terminal of any kind
+    """Run `main()` as a program: a UserError, or a file out of reach, becomes one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")                       # a prompt may be of any bytes
     try:
         return main()
     except (UserError, OSError) as error:

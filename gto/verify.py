@@ -30,8 +30,7 @@ class Sampling:
 
     def __post_init__(self):
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"--temperature {self.temperature} --top-k {self.top_k} --top-p {self.top_p}: the first two"
-                            " must be at least 0, the third above 0 and at most 1")
+            raise UserError(f"--temperature and --top-k must be 0 or more, --top-p above 0 and at most 1, not {self}")
 
 
 def warp(logits, sampling):

@@ -129,7 +129,7 @@ def main(argv=None):
                         " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
     parser.add_argument("--tokenizer", help="default: the one in the target's folder")
     parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
-    parser.add_argument("--limit", type=number(int), default=16, help="questions; 0: all of them (default: %(default)s)")
+    parser.add_argument("--limit", type=number(int), default=16, help="questions; 0: all of them (default: 16)")
     parser.add_argument("--max-new-tokens", type=number(int, 2), default=128, help="per answer (default: 128)")
     parser.add_argument("--temperature", type=number(float), nargs="+", default=[0.0, 1.0])
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")

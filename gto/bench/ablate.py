@@ -138,8 +138,7 @@ def main(argv=None):
                         help="tables and runs: %(choices)s")
     parser.add_argument("--seeds", type=number(int, 1), default=3)
     parser.add_argument("--steps", type=number(int, 1), help="of a run of GTO; default: the config's")
-    parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G",
-                        help="children,depth,nodes of training and evaluation; default: the config's")
+    parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")

@@ -39,7 +39,8 @@ def held_out(config, out, target, chat):
     count = config.eval_prompts * 5 // 4
     lines = append_lines(out / "prompts.jsonl", target, chat, count, count, config.seed + 1,
                          lambda questions, _: [{"turns": [question]} for question in questions])
-    return [encode(chat, [{"role": "user", "content": read_turns(line, out / "prompts.jsonl")[0][1]}]) for line in lines]
+    turns = (read_turns(line, out / "prompts.jsonl")[0] for line in lines)
+    return [encode(chat, [{"role": "user", "content": text}]) for _, text in turns]
 
 
 def append_lines(path, target, chat, count, batch, seed, records):
