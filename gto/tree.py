@@ -24,9 +24,9 @@ class TreeShape:
 
     def __post_init__(self):
         most = max(min(self.num_candidates, 1024), 0)
-        if min(self.top_k, self.depth, self.nodes) < 1 or self.nodes > most or self.num_candidates > 10_000:
-            raise UserError(f"--tree {self}: {self.top_k} children and depth {self.depth} give 1 to {most} nodes, at"
-                            f" most 1024 of 10,000 candidates; choose fewer nodes, more depth or more children")
+        if min(self.top_k, self.depth, self.nodes) < 1 or self.nodes > most or self.num_candidates > 4096:
+            raise UserError(f"--tree {self}: {self.top_k} children and depth {self.depth} give 1 to {most} nodes, of"
+                            " at most 4096 candidates; choose other numbers")
 
     def __str__(self):
         return f"{self.top_k},{self.depth},{self.nodes}"
