@@ -12,7 +12,6 @@ On a terminal, drafted tokens that the target accepted are green, tokens that th
 import json
 import sys
 import time
-from pathlib import Path
 
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
@@ -38,8 +37,7 @@ def parse_arguments():
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; 1,n,n is a chain"
-                        " (default: 2,4,8, on a GPU 10,7,60)")
+    parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
     parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
                         " default: the one that python -m gto.ltd left for the head")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=128)
@@ -54,8 +52,6 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree):
         raise UserError("--method ar drafts nothing: leave out --adaptive, --compare and --show-tree")
-    if not arguments.prompt:
-        raise UserError("--prompt is empty: give some text to continue")
     return arguments
 
 

@@ -12,7 +12,6 @@ For a released chat model (gto/released/README.md), which writes the conversatio
     torchrun --nproc_per_node=8 train.py ... [--spread]     a batch on each GPU; --spread: the target over all of them
 
 A finished stage is not run again, an interrupted one goes on where it was."""
-import argparse
 from dataclasses import fields
 from pathlib import Path
 
@@ -47,11 +46,10 @@ def parse_arguments():
     names = [field.name for field in fields(configs.Config)]
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.get if field.type is bool else field.type
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
-                            choices={"objective": OBJECTIVES, "debias": (True, False)}.get(field.name),
-                            help="see gto/config.py")
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
+                            choices=(configs.CHOICES | {"objective": OBJECTIVES}).get(field.name))
     arguments = parser.parse_args()
-    changes = {name: value for name, value in vars(arguments).items() if name in names}
+    changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     if arguments.target and arguments.data and not Path(arguments.data).is_file():
         raise UserError(f"--data {arguments.data}: no such chat .jsonl")
     if not arguments.target and (arguments.head or arguments.tokenizer or arguments.spread):

@@ -23,11 +23,7 @@ def save(path, **contents):
 
 def read(path, kind, device="cpu"):
     """The contents of a checkpoint of this kind; a UserError if it is anything else."""
-    path = Path(path)
-    if not path.exists():
-        maker = "python -m gto.ltd" if kind == "policy" else "python train.py"
-        raise UserError(f"{path} does not exist: make it with {maker}, or name another file")
-    with reading(path):
+    with reading(f"{path}, which python {'-m gto.ltd' if kind == 'policy' else 'train.py'} writes,"):
         contents = torch.load(path, map_location=device, weights_only=True)
         if contents["kind"] != kind:
             raise UserError(f"it holds a {contents['kind']}, a {kind} is needed here")

@@ -182,8 +182,8 @@ class Corpus:
     """A prepared data directory: its `encoding`, its held-out prompts and random training windows."""
 
     def __init__(self, directory):
-        self.directory, meta = directory, read_own_meta(directory)
-        with reading(f"{directory}, made by python prepare_data.py --out {directory},"):
+        self.directory, meta = directory, read_own_meta(directory) or {}
+        with reading(f"{directory}, which python prepare_data.py --out {directory} writes,"):
             self.vocab_size, self.eot_id = meta["vocab_size"], meta["eot_id"]
             self.tokens = {side: np.memmap(Path(directory, f"{side}.bin"), meta["dtype"], "r")
                            for side in ("train", "val")}          # [tokens]

@@ -47,7 +47,7 @@ class Engine:
         """prompts: B lists of token ids. Fills both caches and returns the first token of each sequence, [B]."""
         for prompt in prompts:
             if not prompt:
-                raise UserError("empty prompt: give at least one token to continue")
+                raise UserError("empty prompt: give some text to continue")
             if len(prompt) >= self.capacity:
                 raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {self.capacity}: shorten it")
             if max(prompt) >= self.target.config.vocab_size:

@@ -23,10 +23,9 @@ class TreeShape:
         return self.top_k + (self.depth - 1) * self.top_k ** 2
 
     def __post_init__(self):
-        most = max(min(self.num_candidates, 1024), 0)
-        if min(self.top_k, self.depth, self.nodes) < 1 or self.nodes > most or self.num_candidates > 4096:
-            raise UserError(f"--tree {self}: {self.top_k} children and depth {self.depth} give 1 to {most} nodes, of"
-                            " at most 4096 candidates; choose other numbers")
+        if min(self.top_k, self.depth, self.nodes) < 1 or not self.nodes <= self.num_candidates <= 4096:
+            raise UserError(f"--tree {self}: {self.top_k} children and depth {self.depth} give 1 to"
+                            f" {max(self.num_candidates, 0)} nodes, which may be 4096; choose other numbers")
 
     def __str__(self):
         return f"{self.top_k},{self.depth},{self.nodes}"

@@ -113,7 +113,7 @@ def save_policy(path, policy):
 def load_policy(path, shape=None):
     """On the CPU, where it is asked. UserError if the file holds no policy, or one for another tree than `shape`."""
     contents = read(path, "policy")
-    with reading(f"{path}, which python -m gto.ltd writes,"):
+    with reading(path):
         space = Space(**contents["space"])
         policy = {"Rule": Rule, "Learned": Learned}[contents["name"]](space, *contents["arguments"])
         policy.load_state_dict(contents["model"])
