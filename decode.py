@@ -22,7 +22,7 @@ from gto.evaluate import Decoded
 from gto.show import show_tree
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import (UserError, argument_parser, main_guard, number, one_thread_if_small, rank, ranks, start,
+from gto.util import (UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start,
                       synchronize)
 from gto.verify import Sampling
 
@@ -40,11 +40,11 @@ def parse_arguments():
     parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
     parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
                         " default: the one that python -m gto.ltd left for the head")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=128)
-    parser.add_argument("--temperature", type=number(float), default=0.0)
-    parser.add_argument("--top-k", type=number(int), default=0)
-    parser.add_argument("--top-p", type=number(float), default=1.0)
-    parser.add_argument("--seed", type=number(int), default=0)
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
+    parser.add_argument("--top-k", type=at_least(0), default=0)
+    parser.add_argument("--top-p", type=at_least(0, float), default=1.0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")

@@ -108,7 +108,7 @@ def check(c):
         name, value, least = field.name, getattr(c, field.name), LEAST.get(field.name, 1e-30 ** (field.type is float))
         if not isinstance(value, (int, float) if field.type is float else field.type) or (
                 field.type in (int, float) and not least <= value <= MOST) or value not in CHOICES.get(name, (value,)):
-            wanted = ", ".join(map(str, CHOICES.get(name, ()))) or f"{field.type.__name__}, a number from {least:g} to {MOST}"
+            wanted = ", ".join(map(str, CHOICES.get(name, ()))) or f"{field.type.__name__} from {least:g} to {MOST}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
     for names in map(str.split, TENSORS):
         if (size := prod(getattr(c, name) for name in names)) > 1e11:

@@ -42,15 +42,13 @@ def argument_parser(command, description):
     return parser
 
 
-def number(kind, least=0):
+def at_least(least, kind=int):
     """A type for `add_argument`: an int or float from `least` to MOST."""
-    def parse(text):
+    def number(text):                                             # argparse says "invalid number value" if `kind` fails
         if not least <= (value := kind(text)) <= MOST:
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to {MOST}")
         return value
-
-    parse.__name__ = kind.__name__                                 # argparse says "invalid int value"
-    return parse
+    return number
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from gto.engine import Engine, cut
 from gto.evaluate import speeds
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, main_guard, number, one_thread_if_small, ranks, start, table
+from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, ranks, start, table
 from gto.verify import Sampling
 
 
@@ -129,11 +129,11 @@ def main(argv=None):
                         " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
     parser.add_argument("--tokenizer", help="default: the one in the target's folder")
     parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
-    parser.add_argument("--limit", type=number(int), default=16, help="questions; 0: all of them (default: 16)")
-    parser.add_argument("--max-new-tokens", type=number(int, 2), default=128, help="per answer (default: 128)")
-    parser.add_argument("--temperature", type=number(float), nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--limit", type=at_least(0), default=16, help="questions; 0: all of them (default: 16)")
+    parser.add_argument("--max-new-tokens", type=at_least(2), default=128, help="per answer (default: 128)")
+    parser.add_argument("--temperature", type=at_least(0, float), nargs="+", default=[0.0, 1.0])
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
-    parser.add_argument("--seed", type=number(int), default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
     arguments = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
 from gto.loss import OBJECTIVES
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape
-from gto.util import UserError, append_log, argument_parser, main_guard, number, reading, start, table, write_text
+from gto.util import UserError, append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
@@ -136,8 +136,8 @@ def main(argv=None):
     parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
                         help="tables and runs: %(choices)s")
-    parser.add_argument("--seeds", type=number(int, 1), default=3)
-    parser.add_argument("--steps", type=number(int, 1), help="of a run of GTO; default: the config's")
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(1), help="of a run of GTO; default: the config's")
     parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
