@@ -13,7 +13,6 @@ On a terminal, drafted tokens that the target accepted are green, tokens that th
 import json
 import sys
 import time
-from pathlib import Path
 
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
@@ -24,7 +23,8 @@ from gto.evaluate import Decoded
 from gto.page import tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, rank, ranks, start, synchronize
+from gto.util import (UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start,
+                      synchronize)
 from gto.verify import Sampling
 
 
@@ -38,14 +38,14 @@ def parse_arguments():
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", help="children,depth,nodes; 1,n,n is a chain (default: 2,4,8, on a GPU 10,7,60)")
+    parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
     parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
                         " default: the one that python -m gto.ltd left for the head")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
+    parser.add_argument("--top-k", type=at_least(0), default=0)
+    parser.add_argument("--top-p", type=at_least(0, float), default=1.0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
     parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
@@ -55,8 +55,6 @@ def parse_arguments():
     if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree
                                      or arguments.report):
         raise UserError("--method ar drafts nothing: leave out --adaptive, --compare, --show-tree and --report")
-    if not arguments.prompt or arguments.max_new_tokens < 1:
-        raise UserError("the prompt is empty, or --max-new-tokens below 1: give some text to continue")
     return arguments
 
 
@@ -85,7 +83,7 @@ def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
 def main():
     arguments = parse_arguments()
     start(arguments.device)
-    shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
+    shape = arguments.tree or TreeShape.default(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     out = run_folder(arguments.out_dir, arguments.target)
     path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"

@@ -3,7 +3,7 @@
     python prepare_data.py                                the standard library of this Python
     python prepare_data.py --input notes.txt src/"""
 from gto.data import DEFAULT_VOCAB_SIZE, prepare
-from gto.util import argument_parser, main_guard
+from gto.util import argument_parser, at_least, main_guard
 
 
 def main():
@@ -13,7 +13,7 @@ def main():
     parser.add_argument("--input", nargs="+", metavar="PATH", help="your own files or directories of text or code")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: data/<dataset>, data/input)")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--vocab-size", type=int, metavar="N", default=DEFAULT_VOCAB_SIZE,
+    either.add_argument("--vocab-size", type=at_least(257), metavar="N", default=DEFAULT_VOCAB_SIZE,
                         help="ids of the BPE trained here, end-of-text included (default: %(default)s)")
     either.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="use a tokenizer that exists: gpt2, "
                         "tokenizer.model, tokenizer.json, or a folder with one")

@@ -22,6 +22,8 @@ class Engine:
 
     def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
         self.target, self.head, self.shape = target, head, shape or TreeShape()
+        if head is not None and self.shape.top_k > len(head.token_ids):
+            raise UserError(f"--tree {self.shape}: the head knows only {len(head.token_ids)} tokens to choose from")
         self.sampling, self.batch = sampling or Sampling(), batch
         self.capacity = capacity or target.config.max_len
         self.score_temp = score_temp or score_temperature(self.sampling.temperature)
@@ -45,9 +47,11 @@ class Engine:
         """prompts: B lists of token ids. Fills both caches and returns the first token of each sequence, [B]."""
         for prompt in prompts:
             if not prompt:
-                raise UserError("empty prompt: give at least one token to continue")
+                raise UserError("empty prompt: give some text to continue")
             if len(prompt) >= self.capacity:
                 raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {self.capacity}: shorten it")
+            if max(prompt) >= self.target.config.vocab_size:
+                raise UserError(f"the target knows no token {max(prompt)}: --tokenizer must name its own")
         width = max(map(len, prompts))
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)  # padded on the right
         self.length.copy_(torch.tensor([len(p) for p in prompts]))

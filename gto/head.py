@@ -19,11 +19,11 @@ class HeadConfig(ModelConfig):
     target_dim: int = 128
     own_embedding: bool = False   # heads narrower than their target carry an embedding of their own
 
-    def check_fits(self, path, target):
-        """The config itself; a UserError if the head in this file drafts for another target."""
+    def check_fits(self, target):
+        """The config itself; a UserError if a head with these numbers drafts for another target."""
         if (self.target_dim, self.vocab_size) != (target.config.dim, target.config.vocab_size):
-            raise UserError(f"{path} was made for another target: {self.target_dim} wide with {self.vocab_size}"
-                            f" tokens, this one has {target.config.dim} and {target.config.vocab_size}")
+            raise UserError(f"it was made for another target: {self.target_dim} wide with {self.vocab_size} tokens,"
+                            f" this one has {target.config.dim} and {target.config.vocab_size}")
         return self
 
 

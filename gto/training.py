@@ -14,7 +14,7 @@ from gto.loss import Batch, learnt_positions, token_loss, unroll_text
 from gto.model import ModelConfig, Target, small_normal
 from gto.rollout import Text, sample_groups, target_forward
 from gto.tree import TreeShape
-from gto.util import append_log, average, rank, ranks
+from gto.util import append_log, average, rank, ranks, reading
 from gto.verify import Sampling
 from kernels.muon import Muon
 
@@ -174,10 +174,11 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
     start, seconds = 0, 0.0
     if partial.exists():
         state = read(partial, "training")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start, seconds = state["step"], state["seconds"]
+        with reading(partial):
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            start, seconds = state["step"], state["seconds"]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group.setdefault("peak", group["lr"])

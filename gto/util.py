@@ -4,10 +4,13 @@ import atexit
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import distributed
+
+MOST = 2**32 - 1    # no number of a flag is larger
 
 
 class UserError(Exception):
@@ -15,10 +18,11 @@ class UserError(Exception):
 
 
 def main_guard(main):
-    """Run `main()` as a program: a UserError becomes one line on stderr and exit status 2."""
+    """Run `main()` as a program: a UserError, or a file out of reach, becomes one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")                       # a prompt may be of any bytes
     try:
         return main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; finished stages and checkpoints are kept", file=sys.stderr)
@@ -36,6 +40,27 @@ def argument_parser(command, description):
 
     parser.error = error
     return parser
+
+
+def at_least(least, kind=int):
+    """A type for `add_argument`: an int or float from `least` to MOST."""
+    def number(text):                                             # argparse says "invalid number value" if `kind` fails
+        if not least <= (value := kind(text)) <= MOST:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {MOST}")
+        return value
+    return number
+
+
+@contextmanager
+def reading(source):
+    """Whatever goes wrong inside, with what is in a file, as a UserError of one line that names the source."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{source} needs a package to be read: pip install {error.name.split('.')[0]}") from None
+    except Exception as error:                                    # each parser, and each template, has its own
+        why = error if isinstance(error, UserError) else f"{error!r:.200}"
+        raise UserError(f"{source} is missing, damaged, or of a kind not known here: {why}") from None
 
 
 def table(rows):
@@ -95,6 +120,8 @@ def start(device):
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     try:
+        if torch.device(device).type != "cuda" and device != "cpu":
+            raise RuntimeError("there is cpu, cuda, and cuda:1 and so on")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None

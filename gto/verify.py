@@ -29,8 +29,8 @@ class Sampling:
     top_p: float = 1.0         # 1: off
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"{self}: needs temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1 (1 is off)")
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"--temperature and --top-k must be 0 or more, --top-p above 0 and at most 1, not {self}")
 
 
 def warp(logits, sampling):

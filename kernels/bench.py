@@ -83,7 +83,7 @@ def scoring(temperature, N=60, V=128_256):
 
 @torch.no_grad()
 def main():
-    argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser("python -m kernels.bench", argparse.SUPPRESS, __doc__.splitlines()[0]).parse_args()
     if not torch.cuda.is_available():
         print("error: this needs an NVIDIA GPU; without one: python -m pytest tests/test_kernels.py", file=sys.stderr)
         sys.exit(2)

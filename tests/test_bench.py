@@ -147,18 +147,6 @@ def test_whole_benchmark(out, capsys):
         assert row["T"] == "1" or row["equal"] == 3
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--max-new-tokens 1", "at least 2"), ("--max-new-tokens many", "--help"), ("--limit -1", "at least 0"),
-    ("--tree 8,5", "three numbers"), ("--temperature -1", "temperature"), ("--device abacus", "abacus"),
-    ("--head nowhere.pt", "nowhere.pt"), ("--target nowhere.pt", "nowhere.pt"), ("--prompts none.jsonl", "none.jsonl"),
-    ("--chat", "no chat model"), ("--max-new-tokens 500", "context holds 256"), ("--shape llama-0b", "llama-3.1-8b"),
-])
-def test_bad_input(out, flags, message):
-    with pytest.raises(UserError, match=message) as error:
-        run(out, flags)
-    assert "\n" not in str(error.value)
-
-
 def test_a_row_of_the_roofline(monkeypatch):
     """With a clock that says what was run: the arithmetic, and that all parts of a cycle run from filled caches."""
     def milliseconds(part):

@@ -188,8 +188,6 @@ def test_own_checkpoints_say_what_they_are(tmp_path, target):
     assert same_model(load_head(tmp_path / "head.pt", target), head)
     assert "holds a head" in error_of(load_target, tmp_path / "head.pt")
     assert "holds a target" in error_of(load_head, tmp_path / "target.pt", target)
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "head.pt").read_bytes()[:-200])
-    assert "cut short" in error_of(load_head, tmp_path / "cut.pt", target)
 
 
 @pytest.mark.parametrize("changes", [

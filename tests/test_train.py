@@ -154,32 +154,3 @@ def test_show_tree_draws_what_decoding_does(trained, temperature):
     emitted = next(line for line in shown.stdout.splitlines() if line.startswith("emitted: "))
     assert f"({sum('accepted' in line for line in nodes)} drafts" in emitted
     assert f"({json.loads(shown.stdout.splitlines()[-1])['acceptance_lengths'][0] - 1} drafts" in emitted
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["decode.py", "--prompt", "", *DECODE], "prompt is empty"),
-    (["decode.py", "--prompt", "x " * 500, *DECODE], "tokens, the context holds"),
-    (["decode.py", "--prompt", "x", "--tree", "2,2,99", *DECODE], "tree 2,2,99"),
-    (["decode.py", "--prompt", "x", "--top-p", "7", *DECODE], "top_p"),
-    (["decode.py", "--prompt", "x", "--nonsense"], "--nonsense"),
-    (["decode.py", "--prompt", "x", "--device", "tpu"], "--device tpu"),
-    (["decode.py", "--prompt", "x", "--target", "missing.pt"], "missing.pt does not exist"),
-    (["decode.py", "--prompt", "x", "--target", "cut.pt"], "cut.pt is not a checkpoint"),
-    (["decode.py", "--prompt", "x", "--target", "out/x/draft.pt"], "holds a head"),
-    (["train.py", "--preset", "huge"], "invalid choice: 'huge'"),
-    (["train.py", "--layers", "0", "--out-dir", "out/y"], "--layers 0: must be"),
-    (["train.py", "--omega", "nan", "--out-dir", "out/y"], "--omega nan"),
-    (["train.py", "--device", "tpu", "--out-dir", "out/y"], "--device tpu"),
-    (["train.py", "--nonsense", "1"], "--nonsense"),
-    (["train.py", "--tree", "1,1,5", "--out-dir", "out/y", "--data", "data/x"], "tree 1,1,5"),
-    (["train.py", "--data", "empty", "--out-dir", "out/y"], "empty holds no prepared data"),
-    (["train.py", "--data", "note", "--out-dir", "out/y"], "note holds no prepared data"),
-])
-def test_bad_input_is_one_line_and_status_2(trained, arguments, message):
-    folder, _ = trained
-    (folder / "cut.pt").write_bytes((folder / "out/x/target.pt").read_bytes()[:5000])
-    (folder / "empty").mkdir(exist_ok=True), (folder / "note").mkdir(exist_ok=True)
-    (folder / "note/note.txt").write_text("no data here")
-    result = run(ROOT / arguments[0], *arguments[1:], cwd=folder)
-    assert result.returncode == 2 and result.stdout == "" and not (folder / "out/y").exists()
-    assert message in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr

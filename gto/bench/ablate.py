@@ -15,12 +15,13 @@ import torch
 
 from gto import checkpoint
 from gto.bench.ceilings import ceilings
+from gto.config import check
 from gto.data import PROMPT, read_prompts
 from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
 from gto.loss import OBJECTIVES
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape
-from gto.util import append_log, argument_parser, main_guard, start, table, write_text
+from gto.util import UserError, append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
@@ -46,17 +47,18 @@ class Ablation:
         start(arguments.device)
         out, dtype = Path(arguments.out_dir), None if arguments.device == "cpu" else torch.bfloat16
         config, self.folder = checkpoint.load_config(out), out / arguments.name
-        self.config = config = replace(config, tree=arguments.tree or config.tree, objective="gto",
-                                       gto_steps=arguments.steps or config.gto_steps)
+        if self.folder.resolve().parent != out.resolve():
+            raise UserError(f"--name {arguments.name}: must be the name of a folder in {out}")
+        self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objective="gto",
+                                             gto_steps=arguments.steps or config.gto_steps))
         self.shape = TreeShape.parse(config.tree)
         self.target = checkpoint.load_target(out / "target.pt", arguments.device, dtype)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)
-        texts = checkpoint.read(out / "text.pt", "text")
-        self.texts = Texts(texts["tokens"], texts["supervised"], [])
-        checkpoint.remember_config(self.folder, config)
-
+        self.texts = Texts(*checkpoint.load_texts(out / "text.pt", self.target), [])
         held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
         encoding = checkpoint.load_encoding(out)
+        checkpoint.remember_config(self.folder, config)           # from here on nothing can be wrong
+
         prompts = [encoding.encode_ordinary(turns[0])[:PROMPT] for turns in held_out]
         others, prompts = prompts[::3], [prompt for i, prompt in enumerate(prompts) if i % 3]
         self.test = {T: fixed_text(self.target, prompts, config.eval_tokens, T, self.shape.depth) for T in SCORE_TEMPS}
@@ -110,9 +112,10 @@ class Ablation:
 
 def read_results(folder):
     """{run: [a record per finished seed, in order]}; "draft" is the phase-I head."""
-    results = {}
-    for record in map(json.loads, (folder / "results.jsonl").read_text().splitlines()):
-        results.setdefault(record["run"], []).append(record)
+    results, path = {}, folder / "results.jsonl"
+    with reading(path):
+        for record in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+            results.setdefault(record["run"], []).append(record)
     return results
 
 
@@ -133,19 +136,19 @@ def main(argv=None):
     parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
                         help="tables and runs: %(choices)s")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of a run of GTO; default: the config's")
-    parser.add_argument("--tree", help="children,depth,nodes of training and evaluation; default: the config's")
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(1), help="of a run of GTO; default: the config's")
+    parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
+    results = read_results(Path(arguments.out_dir, arguments.name))
     ablation = Ablation(arguments)
-    if not (ablation.folder / "results.jsonl").exists():
+    if not results:
         ablation.record(ablation.head, run="draft", steps=0, seconds=0.0)
     # A table's name stands for its runs; gto, which sets the time, and control are always run.
     names = {name for item in arguments.only for name in TABLES.get(item, [item])}
     names |= {"gto", "control"} if names else set()
-    results = read_results(ablation.folder)
     for seed in range(arguments.seeds):                               # wherever it stops, seeds can be compared
         for name in RECIPES:
             if name in names and seed >= len(results.get(name, ())):

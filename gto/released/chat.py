@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from gto.data import read_text, read_turns
-from gto.released.files import locate, read_gguf, read_json, reading
+from gto.released.files import locate, read_gguf, read_json
 from gto.released.tokenizers import SentencePieceEncoding
 from gto.tokenizer import END_OF_TEXT_NAMES
-from gto.util import UserError, rank
+from gto.util import UserError, rank, reading
 
 MARK = "\ue000"                     # a character nobody uses, where a message's text would stand
 # By a special token, templates of models that bring none: Vicuna; Llama 3 as Meta gives it out.

@@ -1,25 +1,13 @@
 """The files of a download, each by its own reader: JSON, weights as PyTorch's, safetensors or GGUF (llama.cpp's, with
 a model's numbers, tokenizer, chat template and weights, mostly quantised, all in one)."""
 import json
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from gto.util import UserError
-
-
-@contextmanager
-def reading(source):
-    """Whatever goes wrong inside, with what others wrote, as a UserError of one line that names the source."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UserError(f"{source} needs a package to be read: pip install {error.name.split('.')[0]}") from None
-    except Exception as error:                                    # each parser, and each template, has its own
-        raise UserError(f"{source} is missing, damaged, or of a kind not known here: {error!r:.200}") from None
+from gto.util import UserError, reading
 
 
 def read_json(path):

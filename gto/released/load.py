@@ -10,10 +10,10 @@ from tqdm import tqdm
 from gto.head import DraftHead
 from gto.model import Target, rotary_frequencies
 from gto.released import parallel
-from gto.released.files import dequantise, locate, map_files, read_gguf, read_json, reading
+from gto.released.files import dequantise, locate, map_files, read_gguf, read_json
 from gto.released.layouts import (EAGLE, GGUF, HUGGING_FACE, META, eagle_config, gguf_config, hugging_face_config,
                                   meta_config, pieces)
-from gto.util import UserError, rank
+from gto.util import UserError, rank, reading
 
 # The copy of a tied output matrix, rotary tables, a head's vocabulary map.
 REDUNDANT = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight", "d2t", "t2d")
@@ -56,8 +56,8 @@ def load_head(path, target, dtype=None):
         ids = torch.arange(config.draft_vocab_size)                # [V'], d2t is target id minus draft id
         if config.draft_vocab_size < config.vocab_size:
             ids += tensors["d2t"][0]
-    with torch.device("meta"):
-        head = DraftHead(config.check_fits(path, target), target)
+        with torch.device("meta"):
+            head = DraftHead(config.check_fits(target), target)
     fill(head, head, EAGLE, tensors, path, like.device, dtype or like.dtype)
     head.token_ids = ids.to(like.device)
     return head.eval()
@@ -74,6 +74,8 @@ def fill(model, whole, layout, tensors, path, device, dtype):
     for name, parts in tqdm(wanted.items(), f"load {path.name}", leave=False, disable=rank() > 0 or None):
         with reading(path):
             found = [join(source, tensors[source], shape, whole.config).to(dtype) for source, shape in parts]
+            if not all(part.isfinite().all() for part in found):
+                raise UserError(f"{name} holds numbers that are infinite or none")
         filled[name] = parallel.shard(name, found, model.get_parameter(name)).to(device)
     model.load_state_dict(filled, strict=False, assign=True)
     # Not a parameter, and float32 whatever the weights are. Llama 3.1's scaling is a tensor of divisors in a GGUF file.

@@ -5,7 +5,7 @@ import json
 import torch
 from tqdm import tqdm
 
-from gto.data import read_text
+from gto.data import read_text, read_turns
 from gto.engine import Engine
 from gto.released.chat import encode, encode_conversations, user_prefix
 from gto.tokenizer import StreamDecoder
@@ -16,9 +16,9 @@ QUESTION = 64     # tokens, at most
 LONG_ENOUGH = 8   # characters of a question: a lone word, or a greeting, makes every answer the same
 
 
-def conversations(config, out, target, chat, data=None):
-    """What heads are trained on: the chat .jsonl `data`, or (None) what the target writes into out/chats.jsonl,
-    config.texts conversations, every other batch greedy. -> tokens, supervised [n, config.length + config.unroll]."""
+def conversations(config, out, target, chat):
+    """What heads are trained on: what the target writes into out/chats.jsonl, config.texts conversations, every other
+    batch greedy. -> tokens, supervised [n, config.length + config.unroll]."""
     def converse(questions, number):
         prompts = [encode(chat, [{"role": "user", "content": text}]) for text in questions]
         temperature = float(number // config.text_batch % 2)
@@ -26,12 +26,11 @@ def conversations(config, out, target, chat, data=None):
         return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
                 for question, (answer, _) in zip(questions, answers) if answer]
 
-    if not data:
-        data = out / "chats.jsonl"
-        lines = append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
-        for line in lines[:3]:
-            question, answer = (message["content"] for message in json.loads(line)["messages"])
-            print(f"> {question}\n{answer}\n")
+    data = out / "chats.jsonl"
+    lines = append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
+    for line in lines[:3]:
+        (_, question), (_, answer) = read_turns(line, data)
+        print(f"> {question}\n{answer}\n")
     return encode_conversations(data, chat, config.length, config.unroll)
 
 
@@ -40,7 +39,8 @@ def held_out(config, out, target, chat):
     count = config.eval_prompts * 5 // 4
     lines = append_lines(out / "prompts.jsonl", target, chat, count, count, config.seed + 1,
                          lambda questions, _: [{"turns": [question]} for question in questions])
-    return [encode(chat, [{"role": "user", "content": json.loads(line)["turns"][0]}]) for line in lines]
+    turns = (read_turns(line, out / "prompts.jsonl")[0] for line in lines)
+    return [encode(chat, [{"role": "user", "content": text}]) for _, text in turns]
 
 
 def append_lines(path, target, chat, count, batch, seed, records):

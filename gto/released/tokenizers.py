@@ -4,8 +4,9 @@ from pathlib import Path
 
 import tiktoken
 
-from gto.released.files import locate, read_gguf, read_json, reading
+from gto.released.files import locate, read_gguf, read_json
 from gto.tokenizer import LLAMA3_PATTERN, Encoding, make_encoding, read_ranks
+from gto.util import reading
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2's, for what is left between digits when each of them has been cut off: blanks in front of one are a whole piece.
