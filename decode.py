@@ -122,8 +122,8 @@ def main():
         result |= {"speedup": speedup, "identical": identical}
     if arguments.show_tree or arguments.report:
         torch.manual_seed(arguments.seed)
-        engine, most = Engine(target, head, shape, sampling, capacity=capacity), n if arguments.report else shape.depth + 2
-        watched = watch(engine, prompt, encoding, min(n, most), stop)
+        engine = Engine(target, head, shape, sampling, capacity=capacity)
+        watched = watch(engine, prompt, encoding, n if arguments.report else min(n, shape.depth + 2), stop)
         if arguments.show_tree:
             print("\n" + tree_text(watched))
         if arguments.report:

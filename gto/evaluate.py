@@ -15,7 +15,7 @@ from tqdm import tqdm
 from gto.checkpoint import read_log, seconds_of
 from gto.engine import Engine, cut
 from gto.model import Prefix
-from gto.page import charts_of_run, watch, write_page
+from gto.page import watch, write_page
 from gto.rollout import Text, target_forward
 from gto.tree import TreeShape, draft_tree
 from gto.util import one_thread_if_small, rank, synchronize, table, write_text
@@ -51,7 +51,7 @@ def fixed_text(target, prompts, new_tokens, temperature, ahead, stop=(), seed=0)
 
 
 def accepted_path(fixed, rows, length, tree):
-    """What these texts accept of a tree behind their token at `length`: its nodes [n, N], padded with 0; how many [n]."""
+    """What these texts accept of a tree behind their token at `length`: nodes [n, N], padded with 0; how many [n]."""
     says = (length[:, None] + tree.depth + 1).clamp(max=fixed.text.tokens.shape[1] - 1)   # a leaf's is not looked at
     choice = fixed.text.tokens[rows[:, None], says]
     return accept(tree, choice, tree.tokens.shape[1])[:2]
@@ -173,9 +173,8 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
 
 
 def compare_tau(config, target, heads, prompts, stop):
-    """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with its best score temperature, which
-    every fifth prompt chooses. -> results for results.json, their rows keyed by temperature and name; {(T, name): tau
-    [seeds, prompts]}."""
+    """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with the score temperature that every
+    fifth prompt chooses. -> what results.json holds of it, rows keyed by (T, name); {(T, name): tau [seeds, prompts]}."""
     shape, new_tokens, rows, taus = TreeShape.parse(config.tree), config.eval_tokens, {}, {}
     others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]
     results = {"rows": rows, "prompts": len(prompts), "by_depth": {}, "calibration": {}}
@@ -227,7 +226,7 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
     for (T, name), columns in compare_speed(target, heads, prompts[:TIMED], new_tokens, stop).items():
         seconds = {"training, s": round(seconds_of(out, name))} if name in heads else {}
         results["rows"][T, name] |= columns | seconds
-    rows = results["rows"] = list(results["rows"].values())
+    rows = list(results["rows"].values())
     differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
                    for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
     gains = [T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error]
@@ -241,9 +240,10 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
              f"GTO {'beats' if gains else 'does not beat'} the continuation that took as long, by two standard"
              f" errors, at {' and '.join(gains) or 'either temperature'}."]
     text = "\n".join([table([dict.fromkeys(rows[1], "") | row for row in rows]), "", *lines])
-    write_text(out / "results.json", json.dumps(results | {"differences": differences}, indent=1) + "\n")
+    results |= {"rows": rows, "differences": differences}
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "table.md", text + "\n")
     engine = Engine(target, heads["gto"][0], TreeShape.parse(config.tree), capacity=len(prompts[0]) + new_tokens)
-    write_page(out / "report.html", f"A run: {out}", watch(engine, prompts[0], encoding, new_tokens, stop), lines,
-               charts_of_run(results, read_log(out)), rows)
+    decode = watch(engine, prompts[0], encoding, new_tokens, stop)
+    write_page(out / "report.html", f"A run: {out.name}", decode, lines, log=read_log(out), **results)
     return text

@@ -1,11 +1,8 @@
 """What happens in a cycle, for the eye: the draft tree in the terminal, and a page that steps through a decode and
-draws the figures of a run. It is one file and needs nothing but a browser. What it shows is decided here, how in
-page.html."""
+draws the figures of a run. It is one file, made from page.html, and needs nothing but a browser."""
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch.nn import functional as F
@@ -116,47 +113,11 @@ def tree_text(watched):
     return "\n".join(lines)
 
 
-def write_page(path, title, decode, notes=(), charts=(), rows=()):
-    """One self-contained page. decode: what `watch` returns; notes: paragraphs; charts: see `charts_of_run`;
-    rows: of a table."""
-    data = {"title": title, "notes": notes, "decode": decode, "charts": [*charts, chart_of_time(decode)], "rows": rows}
+def write_page(path, title, decode, notes=(), rows=(), **run):
+    """One self-contained page. decode: what `watch` returns; notes: paragraphs; rows: of a table; run: more of what
+    `evaluate.report` found, for the figures."""
+    data = {"title": title, "decode": decode, "notes": notes, "rows": rows, **run}
     text = json.dumps(data, default=str).replace("<", "\\u003c")                      # no </script> among the tokens
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("null /* the page's data */", text)
     if rank() == 0:
         write_text(path, page)
-
-
-def chart_of_time(decode):
-    ms = {part: median(cycle["ms"][part] for cycle in decode["cycles"][1:]) for part in decode["cycles"][-1]["ms"]}
-    return {"title": "Time of a cycle", "x": "part", "y": "ms (median)", "names": list(ms), "bars": True,
-            "series": [{"name": decode["setting"], "points": list(enumerate(ms.values()))}]}
-
-
-def charts_of_run(results, log):
-    """What results.json and the lines of log.jsonl of a run show."""
-    charts = []
-    for T, by_depth in results["by_depth"].items():
-        rows = {row["method"]: row for row in results["rows"] if row["T"] == T and row["method"] in by_depth}
-        means = [[i, row["tau"], row["±"]] for i, row in enumerate(rows.values())]
-        seeds = [[i, tau] for i, row in enumerate(rows.values()) for tau in row["by seed"]]
-        charts += [{"title": f"Acceptance length tau, T={T}", "x": "", "y": "tokens a cycle", "names": list(rows),
-                    "series": [{"name": "mean ± standard error over prompts", "points": means},
-                               {"name": "seeds", "points": seeds, "faint": True}]},
-                   {"title": f"Accepted drafts by depth, T={T}", "x": "depth", "y": "share of cycles",
-                    "series": [{"name": name, "points": list(enumerate(shares, 1))}
-                               for name, shares in by_depth.items()]},
-                   {"title": f"Promised and accepted, T={T}", "x": "path probability by the head", "diagonal": True,
-                    "y": "share of nodes accepted", "note": "the gto head, by score temperature",
-                    "series": [{"name": temperature, "points": points}
-                               for temperature, points in results["calibration"][T].items()]}]
-    curves = defaultdict(list)
-    for line in log:
-        if "loss" in line:
-            curves[line["stage"]].append(line)
-    for title, stages, metric in (("The target's training", ("target",), "loss"), ("Phase I", ("draft",), "loss"),
-                                  ("Phase II: token-level loss", ("control", "gto"), "token_loss"),
-                                  ("Phase II: reward of GTO's trees", ("gto",), "reward")):
-        series = [{"name": stage, "points": [[line["seconds"], line.get(metric, line["loss"])] for line in lines]}
-                  for stage, lines in curves.items() if stage.split("-")[0] in stages]
-        charts.append({"title": title, "x": "seconds", "y": metric.replace("_", " "), "series": series})
-    return charts

@@ -10,7 +10,7 @@ import torch
 
 from gto.engine import Engine
 from gto.evaluate import calibration, fixed_text, tau, tau_and_misalignment
-from gto.page import charts_of_run, tree_text, watch, write_page
+from gto.page import tree_text, watch, write_page
 from gto.tree import TreeShape
 from gto.verify import Sampling
 from tests.tiny import tiny_models, tiny_prompts
@@ -94,11 +94,11 @@ def page_of_a_run(path):
     by_depth = {"0": {"draft": [0.9, 0.5], "gto": [0.95, 0.6]}}
     rows = [{"T": "0", "method": "ar", "tau": 1.0}] + [
         {"T": "0", "method": name, "tau": 2.5, "±": 0.1, "by seed": [2.4, 2.6]} for name in by_depth["0"]]
-    results = {"rows": rows, "by_depth": by_depth, "calibration": {"0": {"0.4": [[0.1, 0.2], [0.8, 0.7]]}}}
+    calibration = {"0": {0.4: [[0.1, 0.2], [0.8, 0.7]]}}
     log = [{"stage": stage, "step": step, "seconds": step, "loss": 3 / step, "token_loss": 2 / step, "reward": step}
            for stage in ("target", "draft", "control", "gto") for step in (10, 20)]
     decode = watch(engine_of(), [3, 1, 4], Five(), 40)
-    write_page(path, "A <run>", decode, ["It & its \"notes\"."], charts_of_run(results, log), rows)
+    write_page(path, "A <run>", decode, ["It & its \"notes\"."], rows, by_depth=by_depth, calibration=calibration, log=log)
     return decode["cycles"]
 
 

@@ -119,12 +119,8 @@ def benchmark(target, methods, encoding, questions, arguments):
             rows.append(row)
     if arguments.report:
         engine = makers[name](capacity=len(prompts[0]) + new_tokens)
-        of = {name: [row for row in rows if row["method"] == name] for name in methods}
-        charts = [{"title": key, "x": "temperature", "y": key, "names": [row["T"] for row in of[name]],
-                   "series": [{"name": method, "points": list(enumerate(row[key] for row in own))}
-                              for method, own in of.items()]} for key in ("tau", "speedup")]
-        write_page(arguments.report, f"Side by side, and a decode by {name}",
-                   watch(engine, prompts[0], encoding, new_tokens, stop), charts=charts, rows=rows)
+        decode = watch(engine, prompts[0], encoding, new_tokens, stop)
+        write_page(arguments.report, f"Side by side, and a decode by {name}", decode, rows=rows)
     return {"rows": rows, "divergences": apart}
 
 
