@@ -136,11 +136,11 @@ def finish(name, model, out, **record):
 def read_log(out):
     """The lines of a run's log.jsonl, see `append_log`."""
     with reading(path := Path(out, "log.jsonl")):
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def seconds_of(out, stage):
     """How long a finished stage took."""
-    finished = [line for line in read_log(out) if line.get("stage") == stage and line.get("finished")]
     with reading(Path(out, "log.jsonl")):
+        finished = [line for line in read_log(out) if line.get("stage") == stage and line.get("finished")]
         return float(finished[-1]["seconds"])

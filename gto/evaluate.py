@@ -173,8 +173,8 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
 
 
 def compare_tau(config, target, heads, prompts, stop):
-    """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with the score temperature that every
-    fifth prompt chooses. -> what results.json holds of it, rows keyed by (T, name); {(T, name): tau [seeds, prompts]}."""
+    """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with the score temperature that
+    every fifth prompt chooses. -> what results.json holds of it, rows by (T, name); {(T, name): [seeds, prompts]}."""
     shape, new_tokens, rows, taus = TreeShape.parse(config.tree), config.eval_tokens, {}, {}
     others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]
     results = {"rows": rows, "prompts": len(prompts), "by_depth": {}, "calibration": {}}

@@ -58,9 +58,11 @@ def reading(source):
         yield
     except ModuleNotFoundError as error:
         raise UserError(f"{source} needs a package to be read: pip install {error.name.split('.')[0]}") from None
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist") from None
     except Exception as error:                                    # each parser, and each template, has its own
         why = error if isinstance(error, UserError) else f"{error!r:.200}"
-        raise UserError(f"{source} is missing, damaged, or of a kind not known here: {why}") from None
+        raise UserError(f"{source} is damaged, or of a kind not known here: {why}") from None
 
 
 def table(rows):
