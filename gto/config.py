@@ -93,8 +93,9 @@ LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr
                       0) | {"eval_prompts": 4, "eval_tokens": 2}
 # What may be too large for any memory, by the numbers whose product is about its size.
 TENSORS = ("layers dim ffn_dim", "layers dim heads head_dim", "vocab_size dim", "dim head_ffn_dim", "texts length",
-           "target_batch length vocab_size", "text_batch length layers heads head_dim", "head_batch accumulate length",
-           "gto_batch accumulate groups group_size length", "eval_prompts eval_tokens layers heads head_dim")
+           "target_batch length vocab_size", "target_batch length layers dim", "head_batch accumulate length",
+           "gto_batch accumulate groups group_size length", "text_batch length layers heads head_dim",
+           "eval_prompts eval_tokens layers heads head_dim")
 
 
 def preset(name, **changes):
@@ -111,7 +112,7 @@ def check(c):
             wanted = ", ".join(map(str, CHOICES.get(name, ()))) or f"{field.type.__name__} from {least:g} to {MOST}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
     for names in map(str.split, TENSORS):
-        if (size := prod(getattr(c, name) for name in names)) > 1e11:
+        if (size := prod(getattr(c, name) for name in names)) > 1e10:
             raise UserError(f"--{' --'.join(names).replace('_', '-')}: together too large, their product is {size:.0e}")
     tree = TreeShape.parse(c.tree)
     if c.heads % c.kv_heads or c.head_dim % 2:

@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def at_least(least, kind=int):
 def reading(source):
     """Whatever goes wrong inside, with what is in a file, as a UserError of one line that names the source."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except ModuleNotFoundError as error:
         raise UserError(f"{source} needs a package to be read: pip install {error.name.split('.')[0]}") from None
     except FileNotFoundError:
@@ -121,9 +124,9 @@ def start(device):
         atexit.register(distributed.destroy_process_group)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"--device {device}: must be cpu or cuda, or cuda:1 and so on for one of several")
     try:
-        if torch.device(device).type != "cuda" and device != "cpu":
-            raise RuntimeError("there is cpu, cuda, and cuda:1 and so on")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None

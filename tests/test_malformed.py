@@ -171,7 +171,7 @@ OUT = [("train", ["--out-dir", "note"], "note"), ("train", ["--out-dir", "note/n
 SIZES = [("train", [f"--{name}", 10 ** 9], f"--{name}") for name in (
     "vocab-size", "length", "layers", "dim", "heads", "head-dim", "ffn-dim", "target-batch", "texts", "text-batch",
     "head-ffn-dim", "unroll", "head-batch", "gto-batch", "groups", "group-size", "accumulate", "eval-prompts",
-    "eval-tokens", "prompt-length")]
+    "eval-tokens", "prompt-length")] + [("train", ["--dim", 10 ** 6], "dim"), ("train", ["--ffn-dim", 10 ** 7], "dim")]
 CONFLICTS = [
     ("decode", ["--prompt", ""], "empty prompt"), ("decode", ["--prompt", "x " * 5000], "prompt"),
     ("decode", ["--method", "ar", "--compare"], "--compare"), ("decode", ["--top-p", 7], "--top-p"),
