@@ -1,8 +1,8 @@
 """A run's folder: its numbers are written once, what is finished is there whole and not made again. And the doors to
 targets, heads and tokenizers, ours or released ones (gto/released is imported only when it is asked for one).
 Under torchrun all ranks call these functions together; rank 0 writes."""
+import io
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from gto.util import UserError, append_log, rank, wait, write_text, write_whole
 
 def save(path, **contents):
     if rank() == 0:
-        write_whole(path, lambda temporary: torch.save(contents, temporary))
+        whole = io.BytesIO()                                      # torch.save would not say that the disk is full
+        torch.save(contents, whole)
+        write_whole(path, whole.getbuffer())
     wait()
 
 
@@ -82,9 +84,8 @@ def remember_config(out, config, corpus=None, **inputs):
             before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
             if changed := [name for name, value in now.items() if before[name] != value]:
                 raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir")
-        out.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
-            shutil.copy(Path(corpus.directory) / name, out / name)
+            write_whole(out / name, Path(corpus.directory, name).read_bytes())
         write_text(path, json.dumps(now, indent=1))
     wait()
 
@@ -122,6 +123,6 @@ def finish(name, model, out, **record):
 
 
 def seconds_of(out, stage):
-    """How long a finished stage took."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [line["seconds"] for line in lines if line.get("stage") == stage and line.get("finished")][-1]
+    """How long a finished stage took. (A full disk may have cut a line of the log short: another stands behind it.)"""
+    log = Path(out, "log.jsonl").read_text()
+    return float(log.rpartition(f'"stage": "{stage}", "finished": true, "seconds": ')[2].partition("}")[0])

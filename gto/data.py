@@ -153,7 +153,7 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
     for side, documents in ("train", train), ("val", val):
         tokens = encode(documents, encoding, meta)
-        write_whole(out / f"{side}.bin", tokens.tofile)
+        write_whole(out / f"{side}.bin", tokens)
         meta |= {f"{side}_documents": len(documents), f"{side}_tokens": len(tokens)}
     write_text(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
     write_text(out / "meta.json", json.dumps(meta, indent=1))
@@ -163,10 +163,7 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
 def make_room(out):
     """Create `out`, incomplete from here on; refuse a folder whose tokenizer.model or meta.json somebody else wrote."""
     out, ours = Path(out), read_own_meta(out) is not None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    out.mkdir(parents=True, exist_ok=True)
     for path in filter(Path.exists, (out / "meta.json", out / "tokenizer.model")):
         if not ours:
             raise UserError(f"{path} is not of a data directory, but a model's perhaps: choose another --out")

@@ -15,10 +15,10 @@ class UserError(Exception):
 
 
 def main_guard(main):
-    """Run `main()` as a program: a UserError becomes one line on stderr and exit status 2."""
+    """Run `main()` as a program: a UserError, or what the system refuses, becomes a line on stderr, exit status 2."""
     try:
         return main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; finished stages and checkpoints are kept", file=sys.stderr)
@@ -46,17 +46,22 @@ def table(rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells])
 
 
-def write_whole(path, write):
-    """`write(temporary path)`, then rename: a crash leaves the old file or the new one, never half of one."""
+def write_whole(path, data):
+    """Write bytes to a temporary file, then rename: a crash leaves the old file or the new one, never half of one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was finished before is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, text.encode())
 
 
 def append_log(path, **record):
