@@ -1,8 +1,8 @@
 """A run's folder: its numbers are written once, what is finished is there whole and not made again. And the doors to
 targets, heads and tokenizers, ours or released ones (gto/released is imported only when it is asked for one).
 Under torchrun all ranks call these functions together; rank 0 writes."""
+import io
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from gto.util import UserError, append_log, rank, reading, wait, write_text, wri
 
 def save(path, **contents):
     if rank() == 0:
-        write_whole(path, lambda temporary: torch.save(contents, temporary))
+        whole = io.BytesIO()                                      # torch.save would not say that the disk is full
+        torch.save(contents, whole)
+        write_whole(path, whole.getbuffer())
     wait()
 
 
@@ -95,9 +97,8 @@ def remember_config(out, config, corpus=None, **inputs):
                 before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
             if changed := [name for name in before | now if before.get(name) != now.get(name)]:
                 raise UserError(f"{path} has another {', '.join(changed)}: choose another --out-dir")
-        out.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
-            shutil.copy(Path(corpus.directory) / name, out / name)
+            write_whole(out / name, Path(corpus.directory, name).read_bytes())
         write_text(path, json.dumps(now, indent=1))
     wait()
 

@@ -151,7 +151,7 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
     for side, documents in ("train", train), ("val", val):
         tokens = encode(documents, encoding, meta)
-        write_whole(out / f"{side}.bin", tokens.tofile)
+        write_whole(out / f"{side}.bin", tokens)
         meta |= {f"{side}_documents": len(documents), f"{side}_tokens": len(tokens)}
     write_text(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
     write_text(out / "meta.json", json.dumps(meta, indent=1))

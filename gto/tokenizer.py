@@ -155,7 +155,7 @@ def merge_pair(word, pair):
 def save_ranks(path, ranks):
     """Write {token bytes: rank} as a tiktoken rank file."""
     lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get)]
-    write_whole(path, lambda temporary: temporary.write_bytes(b"".join(lines)))
+    write_whole(path, b"".join(lines))
 
 
 def read_ranks(path):

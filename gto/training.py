@@ -14,11 +14,11 @@ from gto.loss import Batch, learnt_positions, token_loss, unroll_text
 from gto.model import ModelConfig, Target, small_normal
 from gto.rollout import Text, sample_groups, target_forward
 from gto.tree import TreeShape
-from gto.util import append_log, average, rank, ranks, reading
+from gto.util import UserError, append_log, average, rank, ranks, reading
 from gto.verify import Sampling
 from kernels.muon import Muon
 
-SAVE_EVERY = 200        # steps
+SAVE_EVERY = 200        # steps: a multiple of the 10 after which a loss that is no number is found
 KEPT_BYTES = 2 << 30    # of what the target makes of the texts: more is computed anew in every step
 
 
@@ -53,9 +53,8 @@ def train_target(config, corpus, out, device):
             hidden, *_ = forward(batch[:, :-1], keep_kv=False)
             return F.cross_entropy(target.logits(hidden).flatten(0, 1).float(), batch[:, 1:].flatten()), {}
 
-    seconds = train(Stage("target", config.target_steps, config.target_batch), target,
-                    optimizers_for(target, config.muon_lr, config.adam_lr), loss_of, out)
-    finish("target", target, out, seconds=seconds)
+    train(Stage("target", config.target_steps, config.target_batch), target,
+          optimizers_for(target, config.muon_lr, config.adam_lr), loss_of, out)
 
 
 def write_texts(config, target, corpus):
@@ -92,11 +91,10 @@ def copy_of(head, target):
 
 def train_head(stage, config, target, head, texts, out, objective=None, reference=None):
     """Train `head` token by token and save it; with an objective of gto.loss, phase II: L = L_token + omega *
-    L_objective, with a frozen reference head for the objective to compare with. Returns the seconds it took."""
+    L_objective, with a frozen reference head for the objective to compare with."""
     if head.config.own_embedding:
         head.embed.requires_grad_(False)                                              # as a lent one
     if objective is None:
-        reference = None
         see(target, texts)
 
     def loss_of(part):
@@ -108,10 +106,8 @@ def train_head(stage, config, target, head, texts, out, objective=None, referenc
         return loss + config.omega * extra, {"token_loss": loss, "objective": extra, **metrics}
 
     optimizers = optimizers_for(head, stage.rate * config.head_muon_lr, stage.rate * config.head_lr)
-    seconds = train(stage, head, optimizers, loss_of, out, min(config.warmup, stage.steps // 5), config.clip,
-                    config.accumulate)
-    finish(stage.name, head, out, seconds=seconds)
-    return seconds
+    warmup = min(config.warmup, stage.steps // 5)
+    train(stage, head, optimizers, loss_of, out, warmup, config.clip, config.accumulate)
 
 
 def sample_batch(part, stage, config, target, head, reference, texts):
@@ -129,8 +125,7 @@ def sample_batch(part, stage, config, target, head, reference, texts):
     roots, valid = sample_groups(supervised, config.groups, config.group_size, TreeShape.parse(config.tree).depth,
                                  generator)
     group_weight = valid / (valid.sum() / parts).clamp(min=1e-9)
-    first = (index * ranks() + rank()) * stage.batch
-    mine = slice(first, first + stage.batch)
+    mine = (index * ranks() + rank()) * stage.batch + torch.arange(stage.batch)
     width = int(supervised[mine].any(0).nonzero().max()) + 1 + config.unroll          # the last to learn, chains' ends
     tokens, learnt = texts.tokens[rows[mine], :width].to(device, torch.long), supervised[mine, :width].to(device)
     if texts.seen and reference is None:
@@ -164,14 +159,15 @@ def optimizers_for(model, muon_lr, adam_lr):
 
 
 def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulate=1):
-    """Run all optimiser steps; what an interrupted run needs to go on is kept in out/<name>.partial.pt.
+    """Run all optimiser steps, save the model; out/<name>.partial.pt resumes an interrupted run. UserError at a NaN.
 
     loss_of(part) -> (loss, {metric: value}); a step takes the mean over its `accumulate` parts, numbered on through the
-    training, and over the ranks of a torchrun. It must be a pure function of `part`, the rank and the model: then a
-    resumed run equals an uninterrupted one bit for bit (on a CPU). optimizers: their `lr` is the peak, reached after
-    `warmup` steps; then it falls to 0, linearly too. clip: gradient norm. Returns the seconds without interruptions."""
+    training, and over the ranks of a torchrun. It must be a pure function of `part`, the rank and the model: then all
+    runs, resumed ones too, are equal bit for bit on a CPU, with the same number of threads; with others, or on a GPU,
+    up to rounding. optimizers: their `lr` is the peak, after `warmup` steps; it falls to 0. clip: gradient norm."""
     name, steps, partial, log = stage.name, stage.steps, Path(out) / f"{stage.name}.partial.pt", Path(out) / "log.jsonl"
-    start, seconds = 0, 0.0
+    start, seconds, recent = 0, 0.0, []
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     if partial.exists():
         state = read(partial, "training")
         with reading(partial):
@@ -180,12 +176,9 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
                 optimizer.load_state_dict(saved)
             start, seconds = state["step"], state["seconds"]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group.setdefault("peak", group["lr"])
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="step", mininterval=1.0,
-               disable=rank() > 0)
+    every = max(1, min(10, steps // 20))                          # in the steps between, the host waits for no GPU
+    bar = tqdm(range(start, steps), name, steps, initial=start, unit="step", disable=rank() > 0)
     began = time.perf_counter() - seconds
-    model.train()
     for step in bar:
         sums = {}
         for part in range(step * accumulate, (step + 1) * accumulate):
@@ -195,19 +188,25 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
                 sums[metric] = sums.get(metric, 0) + value.detach() / accumulate
         average([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for group in groups:
-            group["lr"] = group["peak"] * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+        for group, peak in zip(groups, peaks):
+            group["lr"] = peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if step % 10 == 9 or step == steps - 1:
-            values = torch.stack([*sums.values(), norm])
+        weights = torch.nn.utils.get_total_norm(list(model.parameters()))
+        recent.append(torch.stack([*sums.values(), norm, weights]).detach())
+        if step % every == every - 1 or step == steps - 1:
+            values = torch.stack(recent)                                              # [steps since, metrics]
             average([values])
-            metrics = dict(zip([*sums, "norm"], values.tolist()))
+            fine = values[:, [0, -1]].isfinite().all(1).tolist()
+            if False in fine:
+                raise UserError(f"{name}, step {step + 2 - len(fine) + fine.index(False)}: loss or weights not finite."
+                                " The last checkpoint is kept. Try lower --muon-lr and --adam-lr (of heads"
+                                " --head-muon-lr, --head-lr, --gto-rate) in another --out-dir")
+            recent, metrics = [], dict(zip([*sums, "norm"], values.mean(0).tolist()))
             bar.set_postfix({metric: f"{value:.3f}" for metric, value in metrics.items()})
             append_log(log, stage=name, step=step + 1, seconds=time.perf_counter() - began, **metrics)
         if step % SAVE_EVERY == SAVE_EVERY - 1 and step < steps - 1:
             save(partial, kind="training", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                  step=step + 1, seconds=time.perf_counter() - began)
-    model.eval()
-    return time.perf_counter() - began
+    finish(name, model, Path(out), seconds=time.perf_counter() - began)

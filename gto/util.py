@@ -76,25 +76,33 @@ def table(rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells])
 
 
-def write_whole(path, write):
-    """`write(temporary path)`, then rename: a crash leaves the old file or the new one, never half of one."""
+def write_whole(path, data):
+    """Write bytes to a temporary file, then rename: a crash leaves the old file or the new one, never half of one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was finished before is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, text.encode())
 
 
 def append_log(path, **record):
-    """One JSON object a line."""
+    """One JSON object a line, a whole one or none."""
     if rank() == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n"
+        with open(path, "ab", buffering=0) as file:
+            if (written := file.write(line.encode())) < len(line):                    # the disk is full
+                os.truncate(path, file.tell() - written)
+                raise UserError(f"cannot write to {path}: no space left; what was finished before is kept")
 
 
 def synchronize(device):

@@ -16,7 +16,7 @@ from gto.model import Prefix
 from gto.rollout import target_forward
 from gto.page import path_log_prob
 from gto.tree import TreeShape, draft_candidates
-from gto.util import UserError
+from gto.util import UserError, append_log
 from gto.verify import Sampling
 from tests.test_bench import write_run
 from tests.tiny import tiny_models, tiny_prompts
@@ -133,7 +133,8 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
         if stage.name == "control-seed1" and failures:
             raise failures.pop()
         train_head(stage, config, *rest)
-        return stage.steps * (0.25 if rest[-2] is None else 1.0 if config.objective == "gto" else 0.5)
+        seconds = stage.steps * (0.25 if rest[-2] is None else 1.0 if config.objective == "gto" else 0.5)
+        append_log(out / "ablate/log.jsonl", stage=stage.name, finished=True, seconds=seconds)
 
     flags = "--only keep m=4 --seeds 2"
     monkeypatch.setattr(ablate, "train_head", timed_training)

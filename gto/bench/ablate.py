@@ -72,7 +72,8 @@ class Ablation:
 
         def run(stage):
             head = copy_of(self.head, self.target)
-            return head, train_head(stage, config, self.target, head, self.texts, self.folder, objective, self.head)
+            train_head(stage, config, self.target, head, self.texts, self.folder, objective, objective and self.head)
+            return head, checkpoint.seconds_of(self.folder, stage.name)
 
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
         if objective is not OBJECTIVES["gto"]:    # its trees are dear: others take more sequences a step, more steps

@@ -9,7 +9,7 @@ from gto.data import read_text, read_turns
 from gto.engine import Engine
 from gto.released.chat import encode, encode_conversations, user_prefix
 from gto.tokenizer import StreamDecoder
-from gto.util import UserError, rank, wait
+from gto.util import UserError, rank, wait, write_text
 from gto.verify import Sampling
 
 QUESTION = 64     # tokens, at most
@@ -55,10 +55,9 @@ def append_lines(path, target, chat, count, batch, seed, records):
             if not questions:
                 raise UserError("the target writes no questions, so it is no chat model: give --data chat.jsonl")
             new = [json.dumps(record) for record in records(questions, len(lines))][:count - len(lines)]
-            if rank() == 0:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.writelines(line + "\n" for line in new)
             lines += new
+            if rank() == 0:
+                write_text(path, "\n".join(lines) + "\n")
             bar.update(len(new))
     wait()
     return lines
