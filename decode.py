@@ -19,7 +19,7 @@ import torch
 
 from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.engine import Engine
-from gto.evaluate import Decoded
+from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
@@ -39,8 +39,7 @@ def parse_arguments():
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
     parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
-    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
-                        " default: the one that python -m gto.ltd left for the head")
+    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="default: the one of gto.ltd")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
     parser.add_argument("--top-k", type=at_least(0), default=0)
@@ -58,25 +57,23 @@ def parse_arguments():
     return arguments
 
 
-def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
-    """Returns what was Decoded and the tokens that each cycle emitted. show: a text to print before them (once the
-    prompt has proved to be fit); None: print nothing."""
+def decode(engine, encoding, prompt, max_new_tokens, stop, show):
+    """Print `show`, once the prompt has proved to be fit, and behind it what is written. -> Decoded; the number of
+    tokens that each cycle emitted."""
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     decoder, tokens, cycles = StreamDecoder(encoding), [], []
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
         if not tokens:
             synchronize(engine.device)
             began = time.perf_counter()
-            print(show or "", end="", flush=True)
+            print(show, end="", flush=True)
         else:
             cycles.append(len(new))
         tokens += new
-        if show is not None:
-            accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
-            print(f"{green}{accepted}{plain}{added}", end="", flush=True)
+        accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
+        print(f"{green}{accepted}{plain}{added}", end="", flush=True)
     seconds = time.perf_counter() - began
-    if show is not None:
-        print(decoder.finish())
+    print(decoder.finish())
     return Decoded(tokens, seconds, len(cycles)), cycles
 
 
@@ -115,7 +112,7 @@ def main():
           f" {decoded.tokens_per_second:.0f} tokens/s", file=notes)
     if arguments.compare:
         torch.manual_seed(arguments.seed)
-        plain, _ = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt, n, stop)
+        plain = timed(Engine(target, None, None, sampling, capacity=capacity), prompt, capacity - len(prompt), stop)
         identical, speedup = plain.tokens == decoded.tokens, decoded.tokens_per_second / plain.tokens_per_second
         same = "" if sampling.temperature else "the same tokens, " if identical else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)

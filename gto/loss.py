@@ -52,8 +52,7 @@ def unroll_text(config, target, head, text):
     hidden = head.unroll(text.features, text.tokens, slots.expand(B, -1), chains)
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
     labels, teachable = soft_labels(target, text, head.token_ids, config.label_temperature)
-    weight = teachable[:, positions + 1] & learnt[:, first:]
-    return log_q, labels[:, positions + 1], weight
+    return log_q, labels[:, positions + 1], teachable[:, positions + 1] & learnt[:, first:]
 
 
 def learnt_positions(supervised, unroll):

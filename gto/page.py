@@ -116,8 +116,7 @@ def tree_text(watched):
 def write_page(path, title, decode, notes=(), rows=(), **run):
     """One self-contained page. decode: what `watch` returns; notes: paragraphs; rows: of a table; run: more of what
     `evaluate.report` found, for the figures."""
-    data = {"title": title, "decode": decode, "notes": notes, "rows": rows, **run}
-    text = json.dumps(data, default=str).replace("<", "\\u003c")                      # no </script> among the tokens
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("null /* the page's data */", text)
+    data = json.dumps({"title": title, "decode": decode, "notes": notes, "rows": rows, **run}, default=str)
+    data, page = data.replace("<", "\\u003c"), Path(__file__).with_name("page.html")  # no </script> among the tokens
     if rank() == 0:
-        write_text(path, page)
+        write_text(path, page.read_text(encoding="utf-8").replace("null /* the page's data */", data))

@@ -78,5 +78,4 @@ def verify(logits, tree, sampling, width):
     the accepted tokens, then the token the target adds itself, then padding."""
     path, num_accepted, bonus = accept(tree, choose(logits, sampling), width)
     drafted = tree.tokens.gather(1, path).roll(-1, dims=1)             # path tokens without the root
-    emitted = drafted.scatter(1, num_accepted[:, None], bonus[:, None])
-    return path, num_accepted, emitted
+    return path, num_accepted, drafted.scatter(1, num_accepted[:, None], bonus[:, None])

@@ -61,8 +61,7 @@ def answer_everything(methods, questions, new_tokens, stop, encoding, template=N
         room = max(map(len, new)) + new_tokens
         engines = {name: make(capacity=room) for name, make in methods.items()}
         if room > (most := engines["ar"].target.config.max_len):
-            raise UserError(f"a conversation may take {room} tokens, the target's context holds {most}: lower"
-                            " --max-new-tokens, or leave long questions out")
+            raise UserError(f"a conversation may take {room} tokens, the context holds {most}: lower --max-new-tokens")
         for name, decoded in speeds(engines, new, new_tokens, stop, desc=f"turn {turn + 1}").items():
             results[name] += decoded
         for (question, texts), decoded in zip(asked, results["ar"][len(prompts):]):
@@ -128,8 +127,7 @@ def main(argv=None):
     parser = argument_parser("python -m gto.bench", __doc__)
     parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
     parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
-    parser.add_argument("--head", action="append", metavar="[NAME=]PATH",
-                        help="repeatable (default: control.pt and gto.pt in --out-dir)")
+    parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
     parser.add_argument("--tree", action="append", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes;"
                         " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
     parser.add_argument("--tokenizer", help="default: the one in the target's folder")
