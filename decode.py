@@ -23,8 +23,7 @@ from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import (UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start,
-                      synchronize)
+from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start
 from gto.verify import Sampling
 
 
@@ -63,18 +62,16 @@ def decode(engine, encoding, prompt, max_new_tokens, stop, show):
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     decoder, tokens, cycles = StreamDecoder(encoding), [], []
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
-        if not tokens:
-            synchronize(engine.device)
-            began = time.perf_counter()
+        if not tokens:                                                                # the prefill's, not timed
             print(show, end="", flush=True)
-        else:
-            cycles.append(len(new))
+            began = time.perf_counter()
         tokens += new
+        cycles.append(len(new))
         accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
         print(f"{green}{accepted}{plain}{added}", end="", flush=True)
     seconds = time.perf_counter() - began
     print(decoder.finish())
-    return Decoded(tokens, seconds, len(cycles)), cycles
+    return Decoded(tokens, seconds, len(cycles) - 1), cycles[1:]
 
 
 def main():
@@ -97,7 +94,7 @@ def main():
         prompt, stop = encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    engine = Engine(target, head, shape, sampling, capacity=capacity)
+    engine = fixed = Engine(target, head, shape, sampling, capacity=capacity)
     if arguments.adaptive is not None:
         from gto.ltd.engine import AdaptiveEngine
         from gto.ltd.policy import load_policy, policy_path
@@ -119,8 +116,7 @@ def main():
         result |= {"speedup": speedup, "identical": identical}
     if arguments.show_tree or arguments.report:
         torch.manual_seed(arguments.seed)
-        engine = Engine(target, head, shape, sampling, capacity=capacity)
-        watched = watch(engine, prompt, encoding, n if arguments.report else min(n, shape.depth + 2), stop)
+        watched = watch(fixed, prompt, encoding, n if arguments.report else min(n, shape.depth + 2), stop)
         if arguments.show_tree:
             print("\n" + tree_text(watched))
         if arguments.report:

@@ -12,8 +12,7 @@ def main():
     parser.add_argument("--input", nargs="+", metavar="PATH", help="your own files or directories of text or code")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: data/<dataset>, data/input)")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--vocab-size", type=at_least(257), metavar="N", default=DEFAULT_VOCAB_SIZE,
-                        help="ids of the BPE trained here, end-of-text included (default: %(default)s)")
+    either.add_argument("--vocab-size", type=at_least(257), default=DEFAULT_VOCAB_SIZE, help="of the BPE trained here")
     either.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="one that exists: gpt2, its file, or its folder")
     args = parser.parse_args()
     out = args.out or f"data/{'input' if args.input else args.dataset}"

@@ -39,13 +39,12 @@ def parse_arguments():
     parser.add_argument("--tokenizer", help="with --target: default its folder")
     parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    names = [field.name for field in fields(configs.Config)]
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.get if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
                             choices=(configs.CHOICES | {"objective": OBJECTIVES}).get(field.name))
     arguments = parser.parse_args()
-    changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    changes = {k: v for k, v in vars(arguments).items() if v is not None and hasattr(configs.Config, k)}
     if arguments.target and arguments.data and not Path(arguments.data).is_file():
         raise UserError(f"--data {arguments.data}: no such chat .jsonl")
     if not arguments.target and (arguments.head or arguments.tokenizer or arguments.spread):

@@ -14,10 +14,9 @@ from kernels.graphs import Graphs
 
 
 class Engine:
-    """Decodes `batch` sequences side by side, of at most `capacity` tokens, prompt and output together.
-
-    head None: plain autoregressive decoding, the same cycle with a tree of only the root. shape: TreeShape of the
-    drafts; sampling: Sampling; score_temp: temperature of the tree's scores, None: by the sampling temperature."""
+    """Decodes `batch` sequences side by side, of at most `capacity` tokens, prompt and output together. head None:
+    plain autoregressive decoding, the same cycle with a tree of only the root. shape: TreeShape of the drafts;
+    sampling: Sampling; score_temp: temperature of the tree's scores, None: by the sampling temperature."""
     queue_ahead = True    # on a GPU, queue the next cycle before this one's tokens are read
 
     def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
@@ -98,8 +97,7 @@ class Engine:
         self.features[:, :self.width] = rows(features, path)
         self.emitted[:, :self.width] = emitted
         self.num_accepted.copy_(num_accepted)
-        # A finished sequence may wait for others: it stays inside the cache.
-        self.length.add_(num_accepted + 1).clamp_(max=self.capacity)
+        self.length.add_(num_accepted + 1).clamp_(max=self.capacity)   # what waits for others stays inside the cache
 
     def cycle(self, width=None):
         """Draft, verify, compact: without a `width`, every shape fixed and every length on the device."""

@@ -56,7 +56,6 @@ def accepted_path(fixed, rows, length, tree):
 @torch.no_grad()
 def replay_text(fixed, draft):
     """Decode all texts. draft(rows [n], length [n]) -> a Tree behind the token at `length` of each of these texts.
-
     Returns tau [B]: tokens emitted per cycle, the target's own one counted."""
     length, cycles = fixed.start.clone(), torch.zeros_like(fixed.start)
     while len(rows := (length < fixed.end).nonzero().squeeze(1)):
@@ -142,7 +141,6 @@ def timed(engine, prompt, new_tokens, stop=()):
     """Decode one prompt to `new_tokens` tokens or one of `stop`. -> Decoded, its last cycle counted in full."""
     new = engine.prefill([prompt])
     tokens, stream, cycles = list(new), engine.cycles(), 0
-    synchronize(engine.device)
     began = time.perf_counter()
     while len(tokens) < new_tokens and not any(token in stop for token in new):
         new = next(stream)[0]
@@ -217,7 +215,7 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
     rows = list(results["rows"].values())
     differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
                    for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
-    gains = [T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error]
+    gains = " and ".join(T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error)
     lines = [f"tau with tree {config.tree} ± standard error over {results['prompts']} held-out prompts x {new_tokens}"
              f" tokens, mean of {config.seeds} seeds, each head with its best score temperature. Path: the head's"
              f" greedy path. Speed: batch 1, decode.py's default tree, median over {TIMED} prompts.",
@@ -225,8 +223,7 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
              f" with {results['distinct_tokens']:.0f} distinct tokens each.",
              *(f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."
                for pair, by_T in differences.items()),
-             f"GTO {'beats' if gains else 'does not beat'} the continuation that took as long, by two standard"
-             f" errors, at {' and '.join(gains) or 'either temperature'}."]
+             f"GTO {'beats' if gains else 'does not beat'} the control by two standard errors at {gains or 'any T'}."]
     text = "\n".join([table([dict.fromkeys(rows[1], "") | row for row in rows]), "", *lines])
     results |= {"rows": rows, "differences": differences}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")

@@ -36,8 +36,7 @@ class DraftHead(nn.Module):
         else:  # kept in a tuple, out of sight of nn.Module: neither a parameter nor in the checkpoint of the head
             self._lent = (target.embed,)
         self.fc = nn.Linear(3 * config.target_dim, config.dim, bias=False)
-        self.token_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feature_norm = RMSNorm(config.dim, config.norm_eps)
+        self.token_norm, self.feature_norm = RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config, 2 * config.dim)
         self.ffn_norm, self.ffn = RMSNorm(config.dim, config.norm_eps), SwiGLU(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)

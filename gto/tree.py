@@ -158,5 +158,4 @@ def rerank(root, tokens, parents, scores, shape):
     parents = F.pad(node.gather(1, parents.gather(1, kept)), (1, 0))                  # [B, N]
     mask = ancestor_mask(parents, shape.depth)
     tokens = torch.cat([root[:, None], tokens.gather(1, kept)], dim=1)
-    scores = F.pad(scores.gather(1, kept), (1, 0))
-    return Tree(tokens, parents, mask, mask.sum(-1) - 1, scores)
+    return Tree(tokens, parents, mask, mask.sum(-1) - 1, F.pad(scores.gather(1, kept), (1, 0)))

@@ -60,7 +60,6 @@ def choose(logits, sampling):
 
 def accept(tree, choice, width):
     """The longest path of nodes that agree with the target's choices [B, N] after each. width P: depth + 1 or more.
-
     Returns path [B, P] node indices from the root down, padded with 0; num_accepted [B] nodes without the root;
     bonus [B], the target's choice at the last of them. Siblings carry different tokens: one node per depth at most."""
     match = tree.tokens == choice.gather(1, tree.parents)                             # [B, N]

@@ -110,12 +110,11 @@ def benchmark(target, methods, encoding, questions, arguments):
         prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, template)
         answers = {name: [cut(each.tokens[:new_tokens], stop) for each in runs] for name, runs in results.items()}
         for name in methods:
-            row = {"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])}
+            rows.append({"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])})
             if T == 0:
                 found = divergences(target, prompts, answers[name], answers["ar"])
-                row["equal"] = len(prompts) - len(found)
+                rows[-1]["equal"] = len(prompts) - len(found)
                 apart += [{"method": name, **place} for place in found]
-            rows.append(row)
     if arguments.report:
         engine = makers[name](capacity=len(prompts[0]) + new_tokens)
         decode = watch(engine, prompts[0], encoding, new_tokens, stop)
