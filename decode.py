@@ -19,12 +19,11 @@ import torch
 
 from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.engine import Engine
-from gto.evaluate import Decoded
+from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import (UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start,
-                      synchronize)
+from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start
 from gto.verify import Sampling
 
 
@@ -39,8 +38,7 @@ def parse_arguments():
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
     parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
-    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
-                        " default: the one that python -m gto.ltd left for the head")
+    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="default: the one of gto.ltd")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
     parser.add_argument("--top-k", type=at_least(0), default=0)
@@ -58,26 +56,22 @@ def parse_arguments():
     return arguments
 
 
-def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
-    """Returns what was Decoded and the tokens that each cycle emitted. show: a text to print before them (once the
-    prompt has proved to be fit); None: print nothing."""
+def decode(engine, encoding, prompt, max_new_tokens, stop, show):
+    """Print `show`, once the prompt has proved to be fit, and behind it what is written. -> Decoded; the number of
+    tokens that each cycle emitted."""
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     decoder, tokens, cycles = StreamDecoder(encoding), [], []
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
-        if not tokens:
-            synchronize(engine.device)
+        if not tokens:                                                                # the prefill's, not timed
+            print(show, end="", flush=True)
             began = time.perf_counter()
-            print(show or "", end="", flush=True)
-        else:
-            cycles.append(len(new))
         tokens += new
-        if show is not None:
-            accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
-            print(f"{green}{accepted}{plain}{added}", end="", flush=True)
+        cycles.append(len(new))
+        accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
+        print(f"{green}{accepted}{plain}{added}", end="", flush=True)
     seconds = time.perf_counter() - began
-    if show is not None:
-        print(decoder.finish())
-    return Decoded(tokens, seconds, len(cycles)), cycles
+    print(decoder.finish())
+    return Decoded(tokens, seconds, len(cycles) - 1), cycles[1:]
 
 
 def main():
@@ -100,7 +94,7 @@ def main():
         prompt, stop = encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    engine = Engine(target, head, shape, sampling, capacity=capacity)
+    engine = fixed = Engine(target, head, shape, sampling, capacity=capacity)
     if arguments.adaptive is not None:
         from gto.ltd.engine import AdaptiveEngine
         from gto.ltd.policy import load_policy, policy_path
@@ -115,15 +109,14 @@ def main():
           f" {decoded.tokens_per_second:.0f} tokens/s", file=notes)
     if arguments.compare:
         torch.manual_seed(arguments.seed)
-        plain, _ = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt, n, stop)
+        plain = timed(Engine(target, None, None, sampling, capacity=capacity), prompt, capacity - len(prompt), stop)
         identical, speedup = plain.tokens == decoded.tokens, decoded.tokens_per_second / plain.tokens_per_second
         same = "" if sampling.temperature else "the same tokens, " if identical else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)
         result |= {"speedup": speedup, "identical": identical}
     if arguments.show_tree or arguments.report:
         torch.manual_seed(arguments.seed)
-        engine = Engine(target, head, shape, sampling, capacity=capacity)
-        watched = watch(engine, prompt, encoding, n if arguments.report else min(n, shape.depth + 2), stop)
+        watched = watch(fixed, prompt, encoding, n if arguments.report else min(n, shape.depth + 2), stop)
         if arguments.show_tree:
             print("\n" + tree_text(watched))
         if arguments.report:

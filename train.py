@@ -12,7 +12,7 @@ For a released chat model (gto/released/README.md), which writes the conversatio
     torchrun --nproc_per_node=8 train.py ... [--spread]     a batch on each GPU; --spread: the target over all of them
 
 A finished stage is not run again, an interrupted one goes on where it was."""
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gto  # noqa: F401  before torch: it sets the thread environment
@@ -27,35 +27,30 @@ from gto.model import cast
 from gto.training import Stage, Texts, copy_of, new_head, train_head, train_target, write_texts
 from gto.util import UserError, argument_parser, main_guard, rank, ranks, start, wait
 
-STAGES = ("target", "text", "draft", "gto", "table")
-
 
 def parse_arguments():
     parser = argument_parser("python train.py", __doc__)
-    parser.add_argument("--preset", choices=configs.PRESETS, help="the numbers to start from; default: by the device,"
-                        " laptop or gpu, with --target chat or real")
-    parser.add_argument("--stage", choices=STAGES, default="table", help="stop after this stage (default: %(default)s)")
+    parser.add_argument("--preset", choices=configs.PRESETS, help="default: laptop or gpu, with --target chat or real")
+    parser.add_argument("--stage", choices="target text draft gto table".split(), default="table", help="stop after it")
     parser.add_argument("--out-dir", help="where checkpoints, log and table go (default: out, or out/<target>)")
-    parser.add_argument("--data", help="a directory made by prepare_data.py (default data/<dataset>), or a chat .jsonl"
-                        " (default: the target writes it)")
+    parser.add_argument("--data", help="a directory of prepare_data.py (default: data/<dataset>), or a chat .jsonl")
     parser.add_argument("--target", help="smollm2, a GGUF file, or a folder of Meta's or Hugging Face's files")
     parser.add_argument("--head", help="with --target: start from this head, ours or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="with --target: default its folder")
     parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    names = [field.name for field in fields(configs.Config)]
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.get if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
                             choices=(configs.CHOICES | {"objective": OBJECTIVES}).get(field.name))
     arguments = parser.parse_args()
-    changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    changes = {k: v for k, v in vars(arguments).items() if v is not None and hasattr(configs.Config, k)}
     if arguments.target and arguments.data and not Path(arguments.data).is_file():
         raise UserError(f"--data {arguments.data}: no such chat .jsonl")
     if not arguments.target and (arguments.head or arguments.tokenizer or arguments.spread):
         raise UserError("--head, --tokenizer and --spread are for a released target: add --target FOLDER")
     fitting = (("laptop", "gpu"), ("chat", "real"))[bool(arguments.target)][arguments.device != "cpu"]
-    return arguments, configs.preset(arguments.preset or fitting, **changes)
+    return arguments, configs.check(replace(configs.PRESETS[arguments.preset or fitting], **changes))
 
 
 def own_target(arguments, config, out):

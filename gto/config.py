@@ -1,5 +1,5 @@
 """Every number of the experiment, in one place. Each field is also a flag of train.py: --omega 0.3."""
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from math import prod
 
 from gto.tree import TreeShape
@@ -87,7 +87,6 @@ PRESETS = {
                    warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
 }
 
-
 CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False)}
 LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr", "muon_lr", "omega", "delta", "eps"),
                       0) | {"eval_prompts": 4, "eval_tokens": 2}
@@ -96,11 +95,6 @@ TENSORS = ("layers dim ffn_dim", "layers dim heads head_dim", "vocab_size dim", 
            "target_batch length vocab_size", "target_batch length layers dim", "head_batch accumulate length",
            "gto_batch accumulate groups group_size length", "text_batch length layers heads head_dim",
            "eval_prompts eval_tokens layers heads head_dim")
-
-
-def preset(name, **changes):
-    """A preset with some numbers changed. UserError if they do not make an experiment, before anything is written."""
-    return check(replace(PRESETS[name], **changes))
 
 
 def check(c):
@@ -116,11 +110,9 @@ def check(c):
             raise UserError(f"--{' --'.join(names).replace('_', '-')}: together too large, their product is {size:.0e}")
     tree = TreeShape.parse(c.tree)
     if c.heads % c.kv_heads or c.head_dim % 2:
-        raise UserError(f"--heads {c.heads} --kv-heads {c.kv_heads} --head-dim {c.head_dim}: the kv-heads must divide"
-                        " the heads, and head-dim must be even")
+        raise UserError(f"--heads {c.heads} must be a multiple of --kv-heads {c.kv_heads}; --head-dim must be even")
     if tree.top_k > min(c.draft_vocab_size, c.vocab_size):
         raise UserError(f"--tree {tree}: a head of --draft-vocab-size {c.draft_vocab_size} has not so many children")
     if c.length <= max(c.prompt_length, c.unroll + 2, c.group_size + tree.depth + 1):
-        raise UserError(f"--length {c.length}: too short for --prompt-length {c.prompt_length}, --unroll {c.unroll}, or"
-                        f" --group-size {c.group_size} and a tree of depth {tree.depth}")
+        raise UserError(f"--length {c.length}: too short for --prompt-length, --unroll, or --group-size and the --tree")
     return c

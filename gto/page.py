@@ -81,7 +81,6 @@ def describe(engine, encoding, root, drafted, prefix, emitted):
 def path_log_prob(target, root, tokens, parents, prefix, shape, temperature):
     """The log-probability that the target, decoding at `temperature`, goes down the path to each candidate of a draft,
     those that the re-ranking drops too. -> [B, C]. At T=0 it is 0 on the greedy path and hugely negative off it.
-
     root [B]; tokens, parents [B, C]; prefix: the target's, up to but not with the root."""
     parents = F.pad(parents, (1, 0))                                                  # [B, C + 1]
     mask = ancestor_mask(parents, shape.depth)
@@ -114,10 +113,8 @@ def tree_text(watched):
 
 
 def write_page(path, title, decode, notes=(), rows=(), **run):
-    """One self-contained page. decode: what `watch` returns; notes: paragraphs; rows: of a table; run: more of what
-    `evaluate.report` found, for the figures."""
-    data = {"title": title, "decode": decode, "notes": notes, "rows": rows, **run}
-    text = json.dumps(data, default=str).replace("<", "\\u003c")                      # no </script> among the tokens
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("null /* the page's data */", text)
+    """decode: what `watch` returns; notes: paragraphs; rows: of a table; run: what else `evaluate.report` found."""
+    data = json.dumps({"title": title, "decode": decode, "notes": notes, "rows": rows, **run}, default=str)
+    data, page = data.replace("<", "\\u003c"), Path(__file__).with_name("page.html")  # no </script> among the tokens
     if rank() == 0:
-        write_text(path, page)
+        write_text(path, page.read_text(encoding="utf-8").replace("null /* the page's data */", data))

@@ -24,8 +24,7 @@ class TreeShape:
 
     def __post_init__(self):
         if min(self.top_k, self.depth, self.nodes) < 1 or not self.nodes <= self.num_candidates <= 4096:
-            raise UserError(f"--tree {self}: {self.top_k} children and depth {self.depth} give 1 to"
-                            f" {max(self.num_candidates, 0)} nodes, which may be 4096; choose other numbers")
+            raise UserError(f"--tree {self}: must be 1 or more, nodes <= children + (depth - 1) * children**2 <= 4096")
 
     def __str__(self):
         return f"{self.top_k},{self.depth},{self.nodes}"
@@ -159,5 +158,4 @@ def rerank(root, tokens, parents, scores, shape):
     parents = F.pad(node.gather(1, parents.gather(1, kept)), (1, 0))                  # [B, N]
     mask = ancestor_mask(parents, shape.depth)
     tokens = torch.cat([root[:, None], tokens.gather(1, kept)], dim=1)
-    scores = F.pad(scores.gather(1, kept), (1, 0))
-    return Tree(tokens, parents, mask, mask.sum(-1) - 1, scores)
+    return Tree(tokens, parents, mask, mask.sum(-1) - 1, F.pad(scores.gather(1, kept), (1, 0)))

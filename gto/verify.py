@@ -60,7 +60,6 @@ def choose(logits, sampling):
 
 def accept(tree, choice, width):
     """The longest path of nodes that agree with the target's choices [B, N] after each. width P: depth + 1 or more.
-
     Returns path [B, P] node indices from the root down, padded with 0; num_accepted [B] nodes without the root;
     bonus [B], the target's choice at the last of them. Siblings carry different tokens: one node per depth at most."""
     match = tree.tokens == choice.gather(1, tree.parents)                             # [B, N]
@@ -78,5 +77,4 @@ def verify(logits, tree, sampling, width):
     the accepted tokens, then the token the target adds itself, then padding."""
     path, num_accepted, bonus = accept(tree, choose(logits, sampling), width)
     drafted = tree.tokens.gather(1, path).roll(-1, dims=1)             # path tokens without the root
-    emitted = drafted.scatter(1, num_accepted[:, None], bonus[:, None])
-    return path, num_accepted, emitted
+    return path, num_accepted, drafted.scatter(1, num_accepted[:, None], bonus[:, None])

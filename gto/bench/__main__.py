@@ -61,8 +61,7 @@ def answer_everything(methods, questions, new_tokens, stop, encoding, template=N
         room = max(map(len, new)) + new_tokens
         engines = {name: make(capacity=room) for name, make in methods.items()}
         if room > (most := engines["ar"].target.config.max_len):
-            raise UserError(f"a conversation may take {room} tokens, the target's context holds {most}: lower"
-                            " --max-new-tokens, or leave long questions out")
+            raise UserError(f"a conversation may take {room} tokens, the context holds {most}: lower --max-new-tokens")
         for name, decoded in speeds(engines, new, new_tokens, stop, desc=f"turn {turn + 1}").items():
             results[name] += decoded
         for (question, texts), decoded in zip(asked, results["ar"][len(prompts):]):
@@ -111,12 +110,11 @@ def benchmark(target, methods, encoding, questions, arguments):
         prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, template)
         answers = {name: [cut(each.tokens[:new_tokens], stop) for each in runs] for name, runs in results.items()}
         for name in methods:
-            row = {"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])}
+            rows.append({"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])})
             if T == 0:
                 found = divergences(target, prompts, answers[name], answers["ar"])
-                row["equal"] = len(prompts) - len(found)
+                rows[-1]["equal"] = len(prompts) - len(found)
                 apart += [{"method": name, **place} for place in found]
-            rows.append(row)
     if arguments.report:
         engine = makers[name](capacity=len(prompts[0]) + new_tokens)
         decode = watch(engine, prompts[0], encoding, new_tokens, stop)
@@ -128,8 +126,7 @@ def main(argv=None):
     parser = argument_parser("python -m gto.bench", __doc__)
     parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
     parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
-    parser.add_argument("--head", action="append", metavar="[NAME=]PATH",
-                        help="repeatable (default: control.pt and gto.pt in --out-dir)")
+    parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
     parser.add_argument("--tree", action="append", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes;"
                         " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
     parser.add_argument("--tokenizer", help="default: the one in the target's folder")
