@@ -1,7 +1,6 @@
 """Decode once, replay every decision: what any choice of depth and size would have brought and cost.
 
-At T=0 a text and all drafts along it are deterministic: one at *every* position says what any policy would decode. In
-these tables a level is an index: level 0 is the first."""
+At T=0 texts and drafts are deterministic: a draft at *every* position says what any policy would decode."""
 import itertools
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ from gto.util import synchronize
 
 class Recording(NamedTuple):
     positions: int              # roots in a text; R of them in all texts, text by text
-    observation: torch.Tensor   # [R, levels, width] what a policy sees after each level
+    observation: torch.Tensor   # [R, levels, width] what a policy sees after each level, the first of which is 0
     accepted: torch.Tensor      # [R, levels, sizes] accepted drafts, had one stopped there and verified so many
 
 
