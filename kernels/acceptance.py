@@ -72,7 +72,6 @@ def _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS: tl.constexpr):
 @triton.jit
 def _first_above(mass, threshold, SIZE: tl.constexpr):
     """Index of the first entry at which the cumulated mass exceeds the threshold, and the mass before it.
-
     A parallel sum rounds differently from entry to entry, so the cumulated mass may rise where the mass is 0, or its
     end stay below the threshold: an entry without mass is never taken, the last one with mass is the default."""
     index = tl.arange(0, SIZE)

@@ -8,9 +8,8 @@ from kernels import tl, triton, use_triton
 
 
 def add_rms_norm(x, delta, weight, eps):
-    """Residual addition and RMSNorm of the sum.
-
-    x [..., C]; delta [..., C] or None; weight [C]. Returns (x + delta, norm(x + delta) * weight), both in x's dtype."""
+    """Residual addition and RMSNorm of the sum: x [..., C]; delta [..., C] or None; weight [C].
+    Returns (x + delta, norm(x + delta) * weight), both in x's dtype."""
     if use_triton(x):
         return add_rms_norm_triton(x, delta, weight, eps)
     x = x if delta is None else x + delta
@@ -37,8 +36,7 @@ def add_rms_norm_triton(x, delta, weight, eps):
     C = x.shape[-1]
     rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
     added = None if delta is None else delta.reshape(rows.shape)
-    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out, total = x.new_empty(x.shape), x.new_empty(x.shape) if delta is not None else x
     BLOCK = triton.next_power_of_2(C)
     _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
         rows, added, weight, None if delta is None else total, out,
@@ -48,9 +46,8 @@ def add_rms_norm_triton(x, delta, weight, eps):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, half-split form: x * cos + [-x2, x1] * sin.
-
-    x [B, N, H, D]; cos, sin [B, N, D/2] float32. Returns x's dtype."""
+    """Rotary positions, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32.
+    Returns x * cos + [-x2, x1] * sin in x's dtype."""
     if use_triton(x):
         return rotate_triton(x, cos, sin)
     cos, sin = cos[:, :, None], sin[:, :, None]                                       # [B, N, 1, D/2]
@@ -76,7 +73,7 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
 
 def rotate_triton(x, cos, sin):
     B, N, H, D = x.shape
-    out = torch.empty(B, N, H, D, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     HEADS = min(8, triton.next_power_of_2(H))
     _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
         x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
@@ -103,8 +100,7 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, F, BLOCK: tl.constexpr):
 
 def silu_mul_triton(gate_up):
     F = gate_up.shape[-1] // 2
-    rows = gate_up.reshape(-1, 2 * F)
-    out = torch.empty(*gate_up.shape[:-1], F, dtype=gate_up.dtype, device=gate_up.device)
+    rows, out = gate_up.reshape(-1, 2 * F), gate_up.new_empty(*gate_up.shape[:-1], F)
     BLOCK = min(1024, triton.next_power_of_2(F))
     _silu_mul_kernel[(len(rows), triton.cdiv(F, BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
     return out

@@ -102,8 +102,8 @@ class Ablation:
                 rows[-1] |= {f"tau, {T}": mean(mean(run[T]["tau"]) for run in runs),
                              f"over control, {T}": over_control(results, name, T)}
         limits = [results["draft"][0][T]["ceilings"] for T in ("T=0", "T=1")]
-        text = ("The phase-I head's tau and ceilings, on the prompts that choose score temperatures; by rank of a draft's"
-                f" candidates what scores promise / what is accepted.\n\n{table(limits)}\n\ntau with tree {self.shape};"
+        text = ("Phase I's tau and ceilings, on the prompts that choose score temperatures; by rank of candidates"
+                f" what their scores promise / what is accepted.\n\n{table(limits)}\n\ntau with tree {self.shape};"
                 f" differences paired by prompt and seed, ± standard error over both.\n\n{table(rows)}\n")
         write_text(self.folder / "table.md", text)
 
