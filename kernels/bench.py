@@ -30,8 +30,7 @@ def microseconds(calls, copies, want, tolerance):
     for name, call in calls.items():
         try:
             if name != "copy":
-                torch.testing.assert_close(call(0).reshape(want.shape), want, atol=tolerance, rtol=tolerance,
-                                           check_dtype=False)
+                torch.testing.assert_close(call(0).reshape(want.shape).to(want), want, atol=tolerance, rtol=tolerance)
             times[name] = 1000 / copies * triton.testing.do_bench_cudagraph(
                 lambda: [call(i) for i in range(copies)], return_mode="median")
         except Exception as error:                                     # a peer may lack a kernel for a shape

@@ -43,8 +43,7 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     # The H/G query heads that share a key head become extra rows of it: no copy of the keys.
     rows = q.reshape(B, G, H // G * N, D)
     bias = visible[:, None].expand(B, H // G, N, -1).reshape(B, 1, H // G * N, -1)
-    out = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
-    return out.view(B, H, N, D)
+    return torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias).view(B, H, N, D)
 
 
 @triton.jit
@@ -110,8 +109,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
         top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
-    H = G * GROUP
-    out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * H + head
+    out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * G * GROUP + head
     if PARTIAL:
         tl.store(lse_ptr + out_row, top + tl.log2(total), mask=valid)   # -inf for an empty split: weight 0
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]

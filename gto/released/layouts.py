@@ -70,10 +70,9 @@ def gguf_config(metadata, tensors):
     """A GGUF file's numbers, by Hugging Face's names. Llama 3.1's rotary scaling is not among them, but a tensor."""
     kind = metadata["general.architecture"]
     c = {name: metadata[f"{kind}.{key}"] for key, name in GGUF_KEYS.items() if f"{kind}.{key}" in metadata}
-    return hugging_face_config(c | {
-        "model_type": kind, "vocab_size": tensors["token_embd.weight"][0].shape[0],
-        "rope_scaling": {"type": metadata.get(f"{kind}.rope.scaling.type", "none")},
-        "tie_word_embeddings": "output.weight" not in tensors}, tensors)
+    c |= {"model_type": kind, "vocab_size": tensors["token_embd.weight"][0].shape[0],
+          "rope_scaling": {"type": metadata.get(f"{kind}.rope.scaling.type", "none")}}
+    return hugging_face_config(c | {"tie_word_embeddings": "output.weight" not in tensors}, tensors)
 
 
 def meta_config(p, tensors):
