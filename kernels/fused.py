@@ -48,8 +48,7 @@ def rotate(x, cos, sin):
         cos, sin = cos[:, :, None], sin[:, :, None]                                   # [B, N, 1, D/2]
         x1, x2 = x.float().chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
-    B, N, H, D = x.shape
-    out = x.new_empty(x.shape)
+    (B, N, H, D), out = x.shape, x.new_empty(x.shape)
     HEADS = min(8, triton.next_power_of_2(H))
     _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
         x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,

@@ -33,8 +33,7 @@ TABLES = {
                    "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
     "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
-    "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}},
-}
+    "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
 
 
@@ -76,9 +75,8 @@ class Ablation:
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
         if objective is not OBJECTIVES["gto"]:    # its trees are dear: others take more sequences a step, more steps
             stage = stage._replace(batch=config.head_batch)
-            _, seconds = run(stage._replace(name="trial", steps=TRIAL))
-            steps = read_results(self.folder)["gto"][seed]["seconds"] / seconds * TRIAL
-            stage = stage._replace(steps=max(1, round(steps)))
+            pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
+            stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
         head, seconds = run(stage)
         self.record(head, run=name, seed=seed, steps=stage.steps, seconds=seconds)
 

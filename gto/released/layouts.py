@@ -89,9 +89,8 @@ def meta_config(p, tensors):
 
 
 def eagle_config(c, tensors):
-    """Sizes that the files get wrong or leave out (head_dim, target_hidden_size) are read off the tensors. The rotary
-    base is 10000 unless rope_theta is there, and never scaled: that is how EAGLE trains, whatever the target does.
-    num_hidden_layers is ignored, some files say the target's; there is one."""
+    """Sizes that files get wrong or lack (head_dim, target_hidden_size) are read off the tensors; there is one layer,
+    whatever num_hidden_layers says. The rotary base is rope_theta, or 10000, never scaled: so EAGLE trains them."""
     target_dim = tensors["fc.weight"][0].shape[1] // 3
     return HeadConfig(
         **sizes(c) | {"head_dim": len(tensors["midlayer.self_attn.q_proj.weight"][0]) // c["num_attention_heads"]},
