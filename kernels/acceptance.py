@@ -72,7 +72,6 @@ def _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS: tl.constexpr):
 @triton.jit
 def _first_above(mass, threshold, SIZE: tl.constexpr):
     """Index of the first entry at which the cumulated mass exceeds the threshold, and the mass before it.
-
     A parallel sum rounds differently from entry to entry, so the cumulated mass may rise where the mass is 0, or its
     end stay below the threshold: an entry without mass is never taken, the last one with mass is the default."""
     index = tl.arange(0, SIZE)
@@ -86,8 +85,8 @@ def _first_above(mass, threshold, SIZE: tl.constexpr):
 def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, uniform_ptr, choice_ptr, N, V, logits_b, logits_n, chunks,
                    scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr):
     """One row: the target's choice."""
-    row = tl.program_id(0)
-    b, chunk = (row // N).to(tl.int64), tl.arange(0, CHUNKS)
+    row, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
+    logits_ptr += (row // N).to(tl.int64) * logits_b + (row % N).to(tl.int64) * logits_n
     if GREEDY:
         top = tl.load(top_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
         best = tl.load(best_ptr + row * chunks + chunk, mask=chunk < chunks, other=V - 1)
@@ -97,8 +96,7 @@ def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, uniform_ptr, choice_p
         threshold = tl.load(uniform_ptr + row) * tl.sum(mass, axis=0)
         taken, before = _first_above(mass, threshold, CHUNKS)
         at = taken * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits_ptr + b * logits_b + (row % N).to(tl.int64) * logits_n + at, mask=at < V,
-                    other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
         top = tl.load(top_ptr + row * chunks + taken) * scale   # relative to the chunk's own maximum nothing vanishes
         first, _ = _first_above(tl.exp2(x * scale - top), (threshold - before) * tl.exp2(row_top - top), CHUNK)
         choice = taken * CHUNK + first

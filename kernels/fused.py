@@ -8,13 +8,21 @@ from kernels import tl, triton, use_triton
 
 
 def add_rms_norm(x, delta, weight, eps):
-    """Residual addition and RMSNorm of the sum.
-
-    x [..., C]; delta [..., C] or None; weight [C]. Returns (x + delta, norm(x + delta) * weight), both in x's dtype."""
-    if use_triton(x):
-        return add_rms_norm_triton(x, delta, weight, eps)
-    x = x if delta is None else x + delta
-    return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    """Residual addition and RMSNorm of the sum: x [..., C]; delta [..., C] or None; weight [C].
+    Returns (x + delta, norm(x + delta) * weight), both in x's dtype."""
+    if not use_triton(x):
+        x = x if delta is None else x + delta
+        return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    C = x.shape[-1]
+    rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
+    added = None if delta is None else delta.reshape(rows.shape)
+    out, total = x.new_empty(x.shape), x.new_empty(x.shape) if delta is not None else x
+    BLOCK = triton.next_power_of_2(C)
+    _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
+        rows, added, weight, None if delta is None else total, out,
+        *rows.stride()[:2], *((0, 0) if delta is None else added.stride()[:2]), rows.shape[1], eps,
+        C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+    return total, out
 
 
 @triton.jit
@@ -33,29 +41,19 @@ def _add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_outer
     tl.store(out_ptr + row * C + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-def add_rms_norm_triton(x, delta, weight, eps):
-    C = x.shape[-1]
-    rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
-    added = None if delta is None else delta.reshape(rows.shape)
-    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BLOCK = triton.next_power_of_2(C)
-    _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
-        rows, added, weight, None if delta is None else total, out,
-        *rows.stride()[:2], *((0, 0) if delta is None else added.stride()[:2]), rows.shape[1], eps,
-        C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
-    return total, out
-
-
 def rotate(x, cos, sin):
-    """Rotary positions, half-split form: x * cos + [-x2, x1] * sin.
-
-    x [B, N, H, D]; cos, sin [B, N, D/2] float32. Returns x's dtype."""
-    if use_triton(x):
-        return rotate_triton(x, cos, sin)
-    cos, sin = cos[:, :, None], sin[:, :, None]                                       # [B, N, 1, D/2]
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    """Rotary positions, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32.
+    Returns x * cos + [-x2, x1] * sin in x's dtype."""
+    if not use_triton(x):
+        cos, sin = cos[:, :, None], sin[:, :, None]                                   # [B, N, 1, D/2]
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    (B, N, H, D), out = x.shape, x.new_empty(x.shape)
+    HEADS = min(8, triton.next_power_of_2(H))
+    _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
+        x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
+        HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
+    return out
 
 
 @triton.jit
@@ -74,22 +72,16 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
     tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def rotate_triton(x, cos, sin):
-    B, N, H, D = x.shape
-    out = torch.empty(B, N, H, D, dtype=x.dtype, device=x.device)
-    HEADS = min(8, triton.next_power_of_2(H))
-    _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
-        x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
-        HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
-    return out
-
-
 def silu_mul(gate_up):
     """SwiGLU's element-wise part: gate_up [..., 2F] -> silu(gate) * up [..., F]."""
-    if use_triton(gate_up):
-        return silu_mul_triton(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    if not use_triton(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    F = gate_up.shape[-1] // 2
+    rows, out = gate_up.reshape(-1, 2 * F), gate_up.new_empty(*gate_up.shape[:-1], F)
+    BLOCK = min(1024, triton.next_power_of_2(F))
+    _silu_mul_kernel[(len(rows), triton.cdiv(F, BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
+    return out
 
 
 @triton.jit
@@ -99,12 +91,3 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, F, BLOCK: tl.constexpr):
     gate = tl.load(gate_up_ptr + row * row_stride + f, mask=f < F, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * row_stride + F + f, mask=f < F, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * F + f, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=f < F)
-
-
-def silu_mul_triton(gate_up):
-    F = gate_up.shape[-1] // 2
-    rows = gate_up.reshape(-1, 2 * F)
-    out = torch.empty(*gate_up.shape[:-1], F, dtype=gate_up.dtype, device=gate_up.device)
-    BLOCK = min(1024, triton.next_power_of_2(F))
-    _silu_mul_kernel[(len(rows), triton.cdiv(F, BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
-    return out

@@ -43,16 +43,14 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     # The H/G query heads that share a key head become extra rows of it: no copy of the keys.
     rows = q.reshape(B, G, H // G * N, D)
     bias = visible[:, None].expand(B, H // G, N, -1).reshape(B, 1, H // G * N, -1)
-    out = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
-    return out.view(B, H, N, D)
+    return torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias).view(B, H, N, D)
 
 
 @triton.jit
 def _attend(q, k, v, visible, scale, top, total, acc):
     """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction.
     "ieee" concerns float32 only: greedy decoding must be exact, and tf32 would round its products to 10 bits."""
-    scores = tl.dot(q, k, input_precision="ieee") * scale
-    scores = tl.where(visible, scores, float("-inf"))
+    scores = tl.where(visible, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
@@ -61,13 +59,10 @@ def _attend(q, k, v, visible, scale, top, total, acc):
 
 
 @triton.jit
-def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, length_ptr, sequence_ptr, out_ptr, lse_ptr,
-    q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s, vc_c, vc_g, vc_s,
-    N, M, G, splits, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTIAL: tl.constexpr,
-):
+def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, length_ptr, sequence_ptr, out_ptr,
+                      lse_ptr, q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s,
+                      vc_c, vc_g, vc_s, N, M, G, splits, scale, GROUP: tl.constexpr, D: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL: tl.constexpr):
     row_blocks = tl.cdiv(N * GROUP, BLOCK_M)
     row_block = tl.program_id(0) % row_blocks              # fastest: programs that share keys run side by side
     split = tl.program_id(1)
@@ -114,8 +109,7 @@ def _attention_kernel(
         top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
-    H = G * GROUP
-    out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * H + head
+    out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * G * GROUP + head
     if PARTIAL:
         tl.store(lse_ptr + out_row, top + tl.log2(total), mask=valid)   # -inf for an empty split: weight 0
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -124,10 +118,8 @@ def _attention_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    part_ptr, lse_ptr, out_ptr, rows, splits,
-    D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):
+def _combine_kernel(part_ptr, lse_ptr, out_ptr, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr,
+                    ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)
     at = split.to(tl.int64)[:, None] * rows + row[None, :]                              # [SPLITS, ROWS]
@@ -159,11 +151,8 @@ def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None
     programs = B * G * triton.cdiv(rows, BLOCK_M)
     splits = split_count(programs, S, q.device)
     out = q.new_empty(B, N, H, D)
-    if splits == 1:
-        part, lse = out, None
-    else:
-        part = q.new_empty(splits, B, N, H, D, dtype=torch.float32)
-        lse = q.new_empty(splits, B, N, H, dtype=torch.float32)
+    part = q.new_empty(splits, B, N, H, D, dtype=torch.float32) if splits > 1 else out
+    lse = q.new_empty(splits, B, N, H, dtype=torch.float32) if splits > 1 else None
     _attention_kernel[(programs, splits)](
         q, k, v, mask, k_cache, v_cache, length, sequence, part, lse, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], N, M, G, splits,

@@ -3,9 +3,8 @@
     python -m gto.bench.ablate                          the head in out, everything
     python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
 
-GTO trains for `steps` steps, what drafts no trees for as long as that took. A finished run is a line of results.jsonl
-in out/<name> and is not run again; table.md shows what is there so far. All heads draft along the same texts, each with
-the score temperature that is best for it on other held-out prompts."""
+GTO trains for `steps` steps, what drafts no trees as long as that took. Finished runs are lines of results.jsonl, not
+run again; table.md shows all. Heads draft along the same texts, each at the score temperature best on other prompts."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +33,7 @@ TABLES = {
                    "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
     "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
-    "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}},
-}
+    "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
 
 
@@ -78,9 +76,8 @@ class Ablation:
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
         if objective is not OBJECTIVES["gto"]:    # its trees are dear: others take more sequences a step, more steps
             stage = stage._replace(batch=config.head_batch)
-            _, seconds = run(stage._replace(name="trial", steps=TRIAL))
-            steps = read_results(self.folder)["gto"][seed]["seconds"] / seconds * TRIAL
-            stage = stage._replace(steps=max(1, round(steps)))
+            pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
+            stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
         head, seconds = run(stage)
         self.record(head, run=name, seed=seed, steps=stage.steps, seconds=seconds)
 
@@ -104,10 +101,9 @@ class Ablation:
                 rows[-1] |= {f"tau, {T}": mean(mean(run[T]["tau"]) for run in runs),
                              f"over control, {T}": over_control(results, name, T)}
         limits = [results["draft"][0][T]["ceilings"] for T in ("T=0", "T=1")]
-        text = ("The phase-I head's tau and what it could be at most, on the prompts that choose score temperatures; by"
-                " rank among a draft's candidates what their scores promise / what is accepted.\n\n"
-                f"{table(limits)}\n\ntau with tree {self.shape}; differences paired by prompt and seed, ± standard"
-                f" error over both.\n\n{table(rows)}\n")
+        text = ("Phase I's tau and ceilings, on the prompts that choose score temperatures; by rank of candidates"
+                f" what their scores promise / what is accepted.\n\n{table(limits)}\n\ntau with tree {self.shape};"
+                f" differences paired by prompt and seed, ± standard error over both.\n\n{table(rows)}\n")
         write_text(self.folder / "table.md", text)
 
 

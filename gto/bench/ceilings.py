@@ -54,6 +54,5 @@ def ceilings(target, head, fixed, shape, score_temp, temperature):
            "its candidates, ranked by the target": replay_text(fixed, ranked_by_target).mean().item(),
            "the target drafts for itself": replay_text(fixed, drafted_by_target).mean().item()}
     said, true = torch.cat(promised).mean(0), torch.cat(accepted).mean(0)             # [C]
-    last = (0, 1, 2, 4, 8, 16, 32, 64)
-    return row | {f"rank {a + 1}..{b}": f"{said[a:b].mean():.3f} / {true[a:b].mean():.3f}"
-                  for a, b in zip(last, last[1:]) if b <= len(said)}
+    return row | {f"rank {b // 2 + 1}..{b}": f"{said[b // 2:b].mean():.3f} / {true[b // 2:b].mean():.3f}"
+                  for b in (1, 2, 4, 8, 16, 32, 64) if b <= len(said)}

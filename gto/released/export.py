@@ -30,12 +30,11 @@ def export(source, folder, dtype=torch.float16):
     # SGLang and vLLM go by the architecture's name, EAGLE does not read it.
     write_text(Path(folder) / "config.json", json.dumps({
         "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": config.dim, "intermediate_size": config.ffn_dim, "num_hidden_layers": 1,
+        "hidden_size": config.dim, "intermediate_size": config.ffn_dim, "target_hidden_size": config.target_dim,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
         "max_position_embeddings": config.max_len, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
-        "target_hidden_size": config.target_dim, "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size, "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+        "vocab_size": config.vocab_size, "draft_vocab_size": config.draft_vocab_size, "tie_word_embeddings": False,
+        "num_hidden_layers": 1, "torch_dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
     checkpoint.save(Path(folder) / "pytorch_model.bin", **tensors)
 
 

@@ -1,5 +1,4 @@
-"""The files of a download, each by its own reader: JSON, weights as PyTorch's, safetensors or GGUF (llama.cpp's, with
-a model's numbers, tokenizer, chat template and weights, mostly quantised, all in one)."""
+"""The files of a download by their readers: JSON, PyTorch's, safetensors, GGUF (llama.cpp's, all of a model in one)."""
 import json
 from functools import lru_cache
 from importlib.util import find_spec
@@ -16,8 +15,7 @@ def read_json(path):
 
 
 def locate(source):
-    """The path of the GGUF file that `source` names, or None: any *.gguf, or the one in an installed package that the
-    name smollm2 stands for. UserError if that is not installed."""
+    """The GGUF file that `source` names, a *.gguf or "smollm2" (UserError if its package is not installed), or None."""
     if Path(source).suffix == ".gguf":
         return Path(source)
     if str(source) != "smollm2" or Path(source).exists():

@@ -30,8 +30,7 @@ def load_target(path, device="cpu", dtype=None, ranks=None):
     elif (file := path / "params.json").exists():
         layout, config_of, numbers, tensors = META, meta_config, read_json(file), map_files(path)
     else:
-        raise UserError(f"no target at {path}: give a checkpoint *.pt, a *.gguf, or a folder with config.json (Hugging"
-                        f" Face) or params.json (Meta) beside the weights")
+        raise UserError(f"no target at {path}: give a *.pt, a *.gguf, or a folder with a config.json or params.json")
     with reading(file):
         config = config_of(numbers, tensors)
     with torch.device("meta"):
@@ -89,9 +88,8 @@ def fill(model, whole, layout, tensors, path, device, dtype):
 def join(name, shards, shape, config):
     """A published tensor of this shape in one piece. Its rows are in our order: Meta, and llama.cpp in a Llama, rotate
     neighbours (2j, 2j+1), we rotate halves (j, j + D/2), so the rows within a query or key head move."""
-    tensor = shards[0]
-    if len(shards) > 1:                                           # Meta cut some by rows, some by columns
-        tensor = torch.cat(shards, dim=int(tensor.shape[0] == shape[0]))
+    # Meta cut some by rows, some by columns.
+    tensor = shards[0] if len(shards) == 1 else torch.cat(shards, dim=int(len(shards[0]) == shape[0]))
     if not isinstance(tensor, torch.Tensor):
         tensor = dequantise(tensor)
     if tuple(tensor.shape) != shape:

@@ -36,11 +36,10 @@ def conversations(config, out, target, chat):
 
 def held_out(config, out, target, chat):
     """Prompts of which no head has seen an answer, lists of ids: questions of the target's own, out/prompts.jsonl."""
-    count = config.eval_prompts * 5 // 4
-    lines = append_lines(out / "prompts.jsonl", target, chat, count, count, config.seed + 1,
+    path, count = out / "prompts.jsonl", config.eval_prompts * 5 // 4
+    lines = append_lines(path, target, chat, count, count, config.seed + 1,
                          lambda questions, _: [{"turns": [question]} for question in questions])
-    turns = (read_turns(line, out / "prompts.jsonl")[0] for line in lines)
-    return [encode(chat, [{"role": "user", "content": text}]) for _, text in turns]
+    return [encode(chat, [{"role": role, "content": text}]) for line in lines for role, text in read_turns(line, path)]
 
 
 def append_lines(path, target, chat, count, batch, seed, records):
@@ -65,8 +64,7 @@ def append_lines(path, target, chat, count, batch, seed, records):
 
 def write(target, chat, prompts, most, temperature):
     """Continue prompts (lists of ids) to a stop token or by `most` tokens. -> [(text without the stop, ended)]."""
-    engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
-                    capacity=max(map(len, prompts)) + most)
+    engine = Engine(target, None, None, Sampling(temperature), len(prompts), max(map(len, prompts)) + most)
     rows = [sum(parts, []) for parts in zip(*engine.generate(prompts, most, chat.stops))]
     return [(StreamDecoder(chat.encoding).push(token for token in row if token not in chat.stops).strip(),
              row[-1] in chat.stops) for row in rows]

@@ -1,6 +1,5 @@
-"""A target over several processes, started by torchrun, one on each GPU (a rank). In training, where the ranks read
-different texts, it is "gathered" layer by layer (FSDP2). In decoding they work on the same tokens: there it is "split"
-(tensor parallel), so that each reads only 1/N of the weights."""
+"""A target over several processes of torchrun, one on each GPU (a rank): in training, where they read different texts,
+"gathered" layer by layer (FSDP2); in decoding "split" (tensor parallel), so that each reads only 1/N of the weights."""
 from dataclasses import replace
 
 import torch
