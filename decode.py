@@ -38,7 +38,7 @@ def parse_arguments():
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
     parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
-    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="default: the one of gto.ltd")
+    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="default: gto.ltd's for the head")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
     parser.add_argument("--top-k", type=at_least(0), default=0)

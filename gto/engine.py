@@ -97,7 +97,7 @@ class Engine:
         self.features[:, :self.width] = rows(features, path)
         self.emitted[:, :self.width] = emitted
         self.num_accepted.copy_(num_accepted)
-        self.length.add_(num_accepted + 1).clamp_(max=self.capacity)   # what waits for others stays inside the cache
+        self.length.add_(num_accepted + 1).clamp_(max=self.capacity)   # what waits for others stays in the cache
 
     def cycle(self, width=None):
         """Draft, verify, compact: without a `width`, every shape fixed and every length on the device."""

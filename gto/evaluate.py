@@ -152,7 +152,7 @@ def timed(engine, prompt, new_tokens, stop=()):
 
 
 def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
-    """Decode by engines of batch 1, {name: Engine}, in turn: a machine has bad moments. -> {name: [Decoded]}."""
+    """Decode by engines of batch 1, {name: Engine}, in turn, so that they share bad moments. -> {name: [Decoded]}."""
     result = {name: [] for name in engines}
     for prompt in tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0):
         for name, engine in engines.items():
