@@ -8,8 +8,7 @@ from kernels import tl, triton, use_triton
 
 
 def add_rms_norm(x, delta, weight, eps):
-    """Residual addition and RMSNorm of the sum: x [..., C]; delta [..., C] or None; weight [C].
-    Returns (x + delta, norm(x + delta) * weight), both in x's dtype."""
+    """x, delta (or None) [..., C], weight [C] -> the sum x + delta and its RMSNorm times weight, both in x's dtype."""
     if not use_triton(x):
         x = x if delta is None else x + delta
         return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
@@ -42,8 +41,7 @@ def _add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_outer
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32.
-    Returns x * cos + [-x2, x1] * sin in x's dtype."""
+    """Rotary, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32 -> x * cos + [-x2, x1] * sin, x's dtype."""
     if not use_triton(x):
         cos, sin = cos[:, :, None], sin[:, :, None]                                   # [B, N, 1, D/2]
         x1, x2 = x.float().chunk(2, dim=-1)

@@ -33,11 +33,9 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     # One softmax over [prefix, tree], as a student would write it.
     (B, H, N, D), G = q.shape, k.shape[1]
     S = int(length.max())                                                            # a sync: fine on CPU
-    k_prefix, v_prefix = k_cache[:, :, :S], v_cache[:, :, :S]                         # [C, G, S, D]
-    if sequence is not None:
-        k_prefix, v_prefix = k_prefix[sequence], v_prefix[sequence]                   # [B, G, S, D]
-    keys = torch.cat([k_prefix, k], dim=2)                                            # [B, G, S+M, D]
-    values = torch.cat([v_prefix, v], dim=2)
+    own = slice(None) if sequence is None else sequence                               # each tree's row of the cache
+    keys = torch.cat([k_cache[own, :, :S], k], dim=2)                                 # [B, G, S+M, D]
+    values = torch.cat([v_cache[own, :, :S], v], dim=2)
     visible = torch.arange(S, device=q.device) < length[:, None]                      # [B, S]
     visible = torch.cat([visible[:, None].expand(B, N, S), mask], dim=2)              # [B, N, S+M]
     # The H/G query heads that share a key head become extra rows of it: no copy of the keys.

@@ -103,7 +103,7 @@ def test_bad_files_give_one_line(tmp_path, target, monkeypatch):
             assert "damaged" in error_of(load, path)
     assert "is missing" in error_of(load_target, tmp_path / "nowhere.gguf")
     for i, (load, changes, words) in enumerate([
-            (load_target, {"llama.rope.scaling.type": "yarn"}, "yarn"),
+            (load_target, {"llama.rope.scaling.type": "yarn"}, "'yarn'"),
             (load_target, {"llama.block_count": None}, "num_hidden_layers"),
             (load_target, {"llama.block_count": 4}, "blk.3"),
             (load_encoding, {"tokenizer.ggml.pre": "default"}, "default"),

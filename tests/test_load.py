@@ -173,7 +173,7 @@ def test_damaged_and_foreign_files_give_one_line(tmp_path, target):
     assert "pytorch_model.bin is damaged" in error_of(load_target, folder)
     weights.unlink()
     assert "model.embed_tokens.weight" in error_of(load_target, folder)
-    for changes, words in (({"model_type": "mamba"}, "mamba"), ({"rope_scaling": {"rope_type": "yarn"}}, "yarn")):
+    for changes, words in (({"model_type": "mamba"}, "'mamba'"), ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'")):
         (folder / "config.json").write_text(json.dumps(config | changes))
         assert words in error_of(load_target, folder)
     (folder / "config.json").write_text("{")

@@ -32,8 +32,7 @@ class TargetAsHead:
 def ceilings(target, head, fixed, shape, score_temp, temperature):
     """A row of a table: the head's mean tau; what it were if of all its candidates those were kept that the target,
     decoding at `temperature`, likes best; and if the target drafted for itself (at T=0 that is depth + 1, or near it).
-    Then the calibration, over all cycles by rank among a draft's candidates: what their scores promise, mean
-    exp(score), and what the target accepts of them, mean probability: {"rank 5..8": "0.075 / 0.031"}."""
+    Then, by rank of candidates, mean exp(score) / mean probability of acceptance: {"rank 5..8": "0.075 / 0.031"}."""
     text, drafter, promised, accepted = fixed.text, TargetAsHead(target), [], []
     hidden, kv = head.read(text.features, text.tokens)
 

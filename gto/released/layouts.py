@@ -59,7 +59,7 @@ def hugging_face_config(c, tensors):
     rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {})}
     kind, scaling = c["model_type"], rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("llama", "qwen3") or scaling not in ("default", "none", "llama3"):
-        raise ValueError(f"{kind} with {scaling} rotary scaling is not supported, only llama and qwen3 with llama3's")
+        raise ValueError(f"a '{kind}' with '{scaling}' scaling is not supported, only llama and qwen3 with llama3's")
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factors = tuple(rope[key] for key in llama3) if scaling == "llama3" else None
     return ModelConfig(**sizes(c), layers=c["num_hidden_layers"], rope_theta=rope["rope_theta"], rope_scaling=factors,
@@ -76,8 +76,7 @@ def gguf_config(metadata, tensors):
 
 
 def meta_config(p, tensors):
-    """params.json leaves out what Meta's code knows: the width of the feed-forward layer is to be worked out, the
-    constants of the rotary scaling and the context length are not in it at all."""
+    """params.json lacks what Meta's code knows: feed-forward width, constants of the rotary scaling, context length."""
     width = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * p["dim"] / 3))
     multiple, scaled = p.get("multiple_of", 256), p.get("use_scaled_rope", False)
     return ModelConfig(                                           # vocab_size may be -1 (Llama 1 and 2): output's rows
