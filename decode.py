@@ -3,6 +3,7 @@
     python decode.py --prompt "def fibonacci(n):"
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
     python decode.py --prompt "class Queue:" --show-tree     draw the first draft
+    python decode.py --prompt "class Queue:" --report tree.html    step through all of them in a browser
     python decode.py --prompt "class Queue:" --adaptive      depth and size chosen anew in every cycle
     python decode.py --target smollm2 --chat --prompt "Why is the sky blue?"         after train.py --target smollm2
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
@@ -12,18 +13,17 @@ On a terminal, drafted tokens that the target accepted are green, tokens that th
 import json
 import sys
 import time
-from pathlib import Path
 
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
 from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.engine import Engine
-from gto.evaluate import Decoded
-from gto.show import show_tree
+from gto.evaluate import Decoded, timed
+from gto.page import tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, rank, ranks, start, synchronize
+from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start
 from gto.verify import Sampling
 
 
@@ -37,54 +37,48 @@ def parse_arguments():
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", help="children,depth,nodes; 1,n,n is a chain (default: 2,4,8, on a GPU 10,7,60)")
-    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="let a policy choose depth and size;"
-                        " default: the one that python -m gto.ltd left for the head")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
+    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="default: gto.ltd's for the head")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
+    parser.add_argument("--top-k", type=at_least(0), default=0)
+    parser.add_argument("--top-p", type=at_least(0, float), default=1.0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
+    parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree):
-        raise UserError("--method ar drafts nothing: leave out --adaptive, --compare and --show-tree")
-    if not arguments.prompt or arguments.max_new_tokens < 1:
-        raise UserError("the prompt is empty, or --max-new-tokens below 1: give some text to continue")
+    if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree
+                                     or arguments.report):
+        raise UserError("--method ar drafts nothing: leave out --adaptive, --compare, --show-tree and --report")
     return arguments
 
 
-def decode(engine, encoding, prompt, max_new_tokens, stop, show=None):
-    """Returns what was Decoded and the tokens that each cycle emitted. show: a text to print before them (once the
-    prompt has proved to be fit); None: print nothing."""
+def decode(engine, encoding, prompt, max_new_tokens, stop, show):
+    """Print `show`, once the prompt has proved to be fit, and behind it what is written. -> Decoded; the number of
+    tokens that each cycle emitted."""
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     decoder, tokens, cycles = StreamDecoder(encoding), [], []
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
-        if not tokens:
-            synchronize(engine.device)
+        if not tokens:                                                                # the prefill's, not timed
+            print(show, end="", flush=True)
             began = time.perf_counter()
-            print(show or "", end="", flush=True)
-        else:
-            cycles.append(len(new))
         tokens += new
-        if show is not None:
-            accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
-            print(f"{green}{accepted}{plain}{added}", end="", flush=True)
+        cycles.append(len(new))
+        accepted, added = decoder.push(new[:-1]), decoder.push(new[-1:])
+        print(f"{green}{accepted}{plain}{added}", end="", flush=True)
     seconds = time.perf_counter() - began
-    if show is not None:
-        print(decoder.finish())
-    return Decoded(tokens, seconds, len(cycles)), cycles
+    print(decoder.finish())
+    return Decoded(tokens, seconds, len(cycles) - 1), cycles[1:]
 
 
 def main():
     arguments = parse_arguments()
     start(arguments.device)
-    shape = TreeShape.parse(arguments.tree) if arguments.tree else TreeShape.default(arguments.device)
+    shape = arguments.tree or TreeShape.default(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    torch.manual_seed(arguments.seed)
     out = run_folder(arguments.out_dir, arguments.target)
     path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"
     dtype = torch.bfloat16 if arguments.device != "cpu" else None
@@ -100,12 +94,13 @@ def main():
         prompt, stop = encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    engine = Engine(target, head, shape, sampling, capacity=capacity)
+    engine = fixed = Engine(target, head, shape, sampling, capacity=capacity)
     if arguments.adaptive is not None:
         from gto.ltd.engine import AdaptiveEngine
         from gto.ltd.policy import load_policy, policy_path
         policy = load_policy(arguments.adaptive or policy_path(head_path), arguments.tree and shape)
         engine = AdaptiveEngine(target, head, policy, sampling, capacity)
+    torch.manual_seed(arguments.seed)
     decoded, cycles = decode(engine, encoding, prompt, n, stop, show="" if arguments.chat else arguments.prompt)
     result = {"text": encoding.decode(decoded.tokens), "token_ids": decoded.tokens, "acceptance_lengths": cycles,
               "tau": decoded.tau, "tokens_per_second": decoded.tokens_per_second}
@@ -114,14 +109,18 @@ def main():
           f" {decoded.tokens_per_second:.0f} tokens/s", file=notes)
     if arguments.compare:
         torch.manual_seed(arguments.seed)
-        plain, _ = decode(Engine(target, None, None, sampling, capacity=capacity), encoding, prompt, n, stop)
+        plain = timed(Engine(target, None, None, sampling, capacity=capacity), prompt, capacity - len(prompt), stop)
         identical, speedup = plain.tokens == decoded.tokens, decoded.tokens_per_second / plain.tokens_per_second
         same = "" if sampling.temperature else "the same tokens, " if identical else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)
         result |= {"speedup": speedup, "identical": identical}
-    if arguments.show_tree:
-        small = Engine(target, head, shape, sampling, capacity=len(prompt) + shape.depth + 1)
-        print("\n" + show_tree(small, prompt, encoding))
+    if arguments.show_tree or arguments.report:
+        torch.manual_seed(arguments.seed)
+        watched = watch(fixed, prompt, encoding, n if arguments.report else min(n, shape.depth + 2), stop)
+        if arguments.show_tree:
+            print("\n" + tree_text(watched))
+        if arguments.report:
+            write_page(arguments.report, "A decode by draft trees", watched)
     if arguments.json:
         print(json.dumps(result))
 

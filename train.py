@@ -12,51 +12,45 @@ For a released chat model (gto/released/README.md), which writes the conversatio
     torchrun --nproc_per_node=8 train.py ... [--spread]     a batch on each GPU; --spread: the target over all of them
 
 A finished stage is not run again, an interrupted one goes on where it was."""
-import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
 from gto import config as configs, evaluate
-from gto.checkpoint import (exists, load_encoding, load_head, load_target, read, remember_config, run_folder, save,
-                            seconds_of)
+from gto.checkpoint import (exists, load_encoding, load_head, load_target, load_texts, remember_config, run_folder,
+                            save, seconds_of)
 from gto.data import Corpus, ensure_data
 from gto.loss import OBJECTIVES
 from gto.model import cast
 from gto.training import Stage, Texts, copy_of, new_head, train_head, train_target, write_texts
 from gto.util import UserError, argument_parser, main_guard, rank, ranks, start, wait
 
-STAGES = ("target", "text", "draft", "gto", "table")
-
 
 def parse_arguments():
     parser = argument_parser("python train.py", __doc__)
-    parser.add_argument("--preset", choices=configs.PRESETS, help="the numbers to start from; default: by the device,"
-                        " laptop or gpu, with --target chat or real")
-    parser.add_argument("--stage", choices=STAGES, default="table", help="stop after this stage (default: %(default)s)")
+    parser.add_argument("--preset", choices=configs.PRESETS, help="default: laptop or gpu, with --target chat or real")
+    parser.add_argument("--stage", choices="target text draft gto table".split(), default="table", help="stop after it")
     parser.add_argument("--out-dir", help="where checkpoints, log and table go (default: out, or out/<target>)")
-    parser.add_argument("--data", help="a directory made by prepare_data.py (default data/<dataset>), or a chat .jsonl"
-                        " (default: the target writes it)")
+    parser.add_argument("--data", help="a directory of prepare_data.py (default: data/<dataset>), or a chat .jsonl")
     parser.add_argument("--target", help="smollm2, a GGUF file, or a folder of Meta's or Hugging Face's files")
     parser.add_argument("--head", help="with --target: start from this head, ours or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="with --target: default its folder")
     parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    names = [field.name for field in fields(configs.Config)]
     for field in fields(configs.Config):
-        kind = {"True": True, "False": False}.__getitem__ if field.type is bool else field.type
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS,
-                            choices=OBJECTIVES if field.name == "objective" else None, help="see gto/config.py")
+        kind = {"True": True, "False": False}.get if field.type is bool else field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
+                            choices=(configs.CHOICES | {"objective": OBJECTIVES}).get(field.name))
     arguments = parser.parse_args()
-    changes = {name: value for name, value in vars(arguments).items() if name in names}
+    changes = {k: v for k, v in vars(arguments).items() if v is not None and hasattr(configs.Config, k)}
     if arguments.target and arguments.data and not Path(arguments.data).is_file():
-        raise UserError(f"--data {arguments.data} does not exist")
+        raise UserError(f"--data {arguments.data}: no such chat .jsonl")
     if not arguments.target and (arguments.head or arguments.tokenizer or arguments.spread):
         raise UserError("--head, --tokenizer and --spread are for a released target: add --target FOLDER")
     fitting = (("laptop", "gpu"), ("chat", "real"))[bool(arguments.target)][arguments.device != "cpu"]
-    return arguments, configs.preset(arguments.preset or fitting, **changes)
+    return arguments, configs.check(replace(configs.PRESETS[arguments.preset or fitting], **changes))
 
 
 def own_target(arguments, config, out):
@@ -73,25 +67,28 @@ def own_target(arguments, config, out):
 
 
 def released_target(arguments, config, out):
-    """A chat model as downloaded, and how it writes chats."""
+    """A chat model as downloaded; how it writes chats; a head to start from, if given; texts from a chat .jsonl."""
     from gto.released import chat
     target = load_target(arguments.target, arguments.device, ranks="gather" if arguments.spread else None)
-    remember_config(out, config, target=Path(arguments.target).name, data=Path(arguments.data or "").name)
+    head = load_head(arguments.head, target, torch.float32) if arguments.head else None
     source = arguments.tokenizer or arguments.target
-    return chat.load(source, load_encoding(source)), target
+    chats, texts = chat.load(source, load_encoding(source)), None
+    if arguments.data and not exists(out / "text.pt"):
+        texts = chat.encode_conversations(arguments.data, chats, config.length, config.unroll)
+    remember_config(out, config, target=Path(arguments.target).name, data=Path(arguments.data or "").name)
+    return target, chats, head, texts
 
 
-def training_texts(config, out, target, corpus, chat, data):
+def training_texts(config, out, target, corpus, chat, texts):
     """What heads are trained on: what the target writes itself, or the answers in a chat .jsonl."""
     if not exists(out / "text.pt"):
         if corpus:
-            tokens, supervised = write_texts(config, target, corpus)
-        else:
+            texts = write_texts(config, target, corpus)
+        elif not texts:
             from gto.released.magpie import conversations
-            tokens, supervised = conversations(config, out, target, chat, data)
-        save(out / "text.pt", kind="text", tokens=tokens, supervised=supervised)
-    contents = read(out / "text.pt", "text")
-    return Texts(contents["tokens"], contents["supervised"], [])
+            texts = conversations(config, out, target, chat)
+        save(out / "text.pt", kind="text", **dict(zip(("tokens", "supervised"), texts)))
+    return Texts(*load_texts(out / "text.pt", target), [])
 
 
 def main():
@@ -103,19 +100,18 @@ def main():
         raise UserError("--spread needs torchrun --nproc_per_node=N train.py ...")
 
     # The target, and text to train heads on.
-    corpus = chat = None
+    corpus = chat = given = texts = None
     if arguments.target:
-        chat, target = released_target(arguments, config, out)
+        target, chat, given, texts = released_target(arguments, config, out)
     else:
         corpus, target = own_target(arguments, config, out)
     if stage == "target":
         return
-    texts = training_texts(config, out, target, corpus, chat, arguments.data)
+    texts = training_texts(config, out, target, corpus, chat, texts)
     if stage == "text":
         return
 
     # Phase I: token-level training. A finished head may take its place, or be where it starts.
-    given = load_head(arguments.head, target, torch.float32) if arguments.head else None
     if not exists(out / "draft.pt") and (given is None or stage == "draft"):
         head = copy_of(given, target) if given else new_head(config, target, texts)
         phase_one = Stage("draft", config.head_steps, config.head_batch, seed=config.seed)
@@ -148,11 +144,11 @@ def main():
     for head in sum(heads.values(), []) if device != "cpu" else ():
         cast(head, torch.bfloat16)
     if corpus:
-        prompts, stop = corpus.prompt_ids(config.eval_prompts * 5 // 4), ()
+        prompts, stop, encoding = corpus.prompt_ids(config.eval_prompts * 5 // 4), (), load_encoding(out)
     else:
         from gto.released.magpie import held_out
-        prompts, stop = held_out(config, out, target, chat), chat.stops
-    print(evaluate.report(config, target, heads, out, prompts, stop))
+        prompts, stop, encoding = held_out(config, out, target, chat), chat.stops, chat.encoding
+    print(evaluate.report(config, target, heads, out, prompts, encoding, stop))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from gto.config import Config
+from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
 from gto.tokenizer import make_encoding, read_own_meta, read_ranks
-from gto.util import UserError, append_log, rank, wait, write_text, write_whole
+from gto.util import UserError, append_log, rank, reading, wait, write_text, write_whole
 
 
 def save(path, **contents):
@@ -25,17 +25,12 @@ def save(path, **contents):
 
 def read(path, kind, device="cpu"):
     """The contents of a checkpoint of this kind; a UserError if it is anything else."""
-    path = Path(path)
-    if not path.exists():
-        maker = "python -m gto.ltd" if kind == "policy" else "python train.py"
-        raise UserError(f"{path} does not exist: make it with {maker}, or name another file")
-    try:
+    with reading(f"{path}, which python {'-m gto.ltd' if kind == 'policy' else 'train.py'} writes,"):
         contents = torch.load(path, map_location=device, weights_only=True)
-        found = contents["kind"]
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of this project, or is cut short ({type(error).__name__})")
-    if found != kind:
-        raise UserError(f"{path} holds a {found}, a {kind} is needed here")
+        if contents["kind"] != kind:
+            raise UserError(f"it holds a {contents['kind']}, a {kind} is needed here")
+        if not all(weight.isfinite().all() for weight in contents.get("model", {}).values()):
+            raise UserError("it holds weights that are infinite or no numbers")
     return contents
 
 
@@ -46,8 +41,9 @@ def load_target(path, device="cpu", dtype=None, ranks=None):
         from gto.released import load
         return load.load_target(path, device, dtype, ranks)
     contents = read(path, "target", device)
-    target = Target(ModelConfig(**contents["config"])).to(device)
-    target.load_state_dict(contents["model"])
+    with reading(path):
+        target = Target(ModelConfig(**contents["config"])).to(device)
+        target.load_state_dict(contents["model"])
     return cast(target, dtype).eval().requires_grad_(False)
 
 
@@ -58,9 +54,21 @@ def load_head(path, target, dtype=None):
         return load.load_head(path, target, dtype)
     device = target.norm.weight.device
     contents = read(path, "head", device)
-    head = DraftHead(HeadConfig(**contents["config"]).check_fits(path, target), target).to(device)
-    head.load_state_dict(contents["model"])
+    with reading(path):
+        head = DraftHead(HeadConfig(**contents["config"]).check_fits(target), target).to(device)
+        head.load_state_dict(contents["model"])
     return cast(head, dtype).eval()
+
+
+def load_texts(path, target):
+    """What heads for this target are trained on: tokens, supervised [n, T], see `gto.training.Texts`."""
+    contents = read(path, "text")
+    with reading(path):
+        tokens, supervised = contents["tokens"], contents["supervised"]
+        if (tokens.dim(), tokens.is_floating_point(), supervised.dtype) != (2, False, torch.bool) or not (
+                tokens.shape == supervised.shape and 0 <= tokens.min() <= tokens.max() < target.config.vocab_size):
+            raise UserError("its texts are not of this target")
+    return tokens, supervised
 
 
 def load_encoding(source):
@@ -70,9 +78,13 @@ def load_encoding(source):
     folder = Path(source).parent if Path(source).suffix in (".pt", ".model") else Path(source)
     meta, path = read_own_meta(folder), folder / "tokenizer.model"
     if meta and (ranks := read_ranks(path)):                      # written by prepare_data.py or train.py
-        return make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"], meta["normalizer"])
+        with reading(f"{path}, or meta.json beside it,"):
+            encoding = make_encoding(str(path), meta["pattern"], ranks, meta["special_tokens"], meta["normalizer"])
+            if (len(ranks), encoding.n_vocab) != (meta.get("ranks", len(ranks)), meta["vocab_size"]):
+                raise UserError("they contradict each other")
+            return encoding
     from gto.released import tokenizers
-    return tokenizers.load(source)
+    return tokenizers.load(path if Path(source).suffix == ".pt" else source)
 
 
 def remember_config(out, config, corpus=None, **inputs):
@@ -81,9 +93,10 @@ def remember_config(out, config, corpus=None, **inputs):
     path, now = out / "config.json", {**asdict(config), **inputs}
     if rank() == 0:
         if path.exists():
-            before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
-            if changed := [name for name, value in now.items() if before[name] != value]:
-                raise UserError(f"{out} was trained with another {', '.join(changed)}: choose another --out-dir")
+            with reading(path):
+                before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
+            if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+                raise UserError(f"{path} has another {', '.join(changed)}: choose another --out-dir")
         for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
             write_whole(out / name, Path(corpus.directory, name).read_bytes())
         write_text(path, json.dumps(now, indent=1))
@@ -92,10 +105,9 @@ def remember_config(out, config, corpus=None, **inputs):
 
 def load_config(out):
     """The Config that train.py wrote to this folder."""
-    try:
-        return Config(**json.loads(Path(out, "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{out}/config.json is missing, or of another version: run python train.py first") from None
+    path = Path(out, "config.json")
+    with reading(f"{path}, which python train.py writes,"):
+        return check(Config(**json.loads(path.read_text())))
 
 
 def run_folder(out_dir, target):
@@ -122,7 +134,14 @@ def finish(name, model, out, **record):
     (out / f"{name}.partial.pt").unlink(missing_ok=True)
 
 
+def read_log(out):
+    """The lines of a run's log.jsonl, see `append_log`."""
+    with reading(path := Path(out, "log.jsonl")):
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+
+
 def seconds_of(out, stage):
-    """How long a finished stage took. (A full disk may have cut a line of the log short: another stands behind it.)"""
-    log = Path(out, "log.jsonl").read_text()
-    return float(log.rpartition(f'"stage": "{stage}", "finished": true, "seconds": ')[2].partition("}")[0])
+    """How long a finished stage took."""
+    with reading(Path(out, "log.jsonl")):
+        finished = [line for line in read_log(out) if line.get("stage") == stage and line.get("finished")]
+        return float(finished[-1]["seconds"])

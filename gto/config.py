@@ -1,9 +1,9 @@
 """Every number of the experiment, in one place. Each field is also a flag of train.py: --omega 0.3."""
-from dataclasses import dataclass, fields, replace
-from math import inf
+from dataclasses import dataclass, fields
+from math import prod
 
 from gto.tree import TreeShape
-from gto.util import UserError
+from gto.util import MOST, UserError
 
 
 @dataclass
@@ -87,19 +87,32 @@ PRESETS = {
                    warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
 }
 
+CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False)}
+LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr", "muon_lr", "omega", "delta", "eps"),
+                      0) | {"eval_prompts": 4, "eval_tokens": 2}
+# What may be too large for any memory, by the numbers whose product is about its size.
+TENSORS = ("layers dim ffn_dim", "layers dim heads head_dim", "vocab_size dim", "dim head_ffn_dim", "texts length",
+           "target_batch length vocab_size", "target_batch length layers dim", "head_batch accumulate length",
+           "gto_batch accumulate groups group_size length", "text_batch length layers heads head_dim",
+           "eval_prompts eval_tokens layers heads head_dim")
 
-def preset(name, **changes):
-    """A preset with some numbers changed. UserError if they do not make an experiment, before anything is written."""
-    config = replace(PRESETS[name], **changes)
-    TreeShape.parse(config.tree)
-    may_be_zero = {"head_ffn_dim", "head_muon_lr", "muon_lr", "omega", "delta", "eps", "unroll", "warmup", "seed"}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type in (int, float) and not (0 < value < inf or value == 0 and field.name in may_be_zero):
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be a number above 0")
-    if config.aggregator not in ("lse", "max", "mean", "expected"):
-        raise UserError(f"no aggregator '{config.aggregator}': choose lse, max, mean or expected")
-    if config.heads % config.kv_heads or config.head_dim % 2:
-        raise UserError(f"{config.heads} heads, {config.kv_heads} kv_heads, head_dim {config.head_dim}: the kv_heads"
-                        " must divide the heads, and head_dim must be even")
-    return config
+
+def check(c):
+    """The config itself; a UserError that names the flag if a number cannot be right."""
+    for field in fields(c):
+        name, value, least = field.name, getattr(c, field.name), LEAST.get(field.name, 1e-30 ** (field.type is float))
+        if not isinstance(value, (int, float) if field.type is float else field.type) or (
+                field.type in (int, float) and not least <= value <= MOST) or value not in CHOICES.get(name, (value,)):
+            wanted = ", ".join(map(str, CHOICES.get(name, ()))) or f"{field.type.__name__} from {least:g} to {MOST}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    for names in map(str.split, TENSORS):
+        if (size := prod(getattr(c, name) for name in names)) > 1e10:
+            raise UserError(f"--{' --'.join(names).replace('_', '-')}: together too large, their product is {size:.0e}")
+    tree = TreeShape.parse(c.tree)
+    if c.heads % c.kv_heads or c.head_dim % 2:
+        raise UserError(f"--heads {c.heads} must be a multiple of --kv-heads {c.kv_heads}; --head-dim must be even")
+    if tree.top_k > min(c.draft_vocab_size, c.vocab_size):
+        raise UserError(f"--tree {tree}: a head of --draft-vocab-size {c.draft_vocab_size} has not so many children")
+    if c.length <= max(c.prompt_length, c.unroll + 2, c.group_size + tree.depth + 1):
+        raise UserError(f"--length {c.length}: too short for --prompt-length, --unroll, or --group-size and the --tree")
+    return c

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gto.checkpoint import load_encoding
 from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, make_encoding, read_own_meta, save_tokenizer, train_bpe
-from gto.util import UserError, write_text, write_whole
+from gto.util import UserError, reading, write_text, write_whole
 
 DEFAULT_VOCAB_SIZE = 2048
 BPE_SAMPLE_CHARS = 20_000_000       # more text does not change a small vocabulary, but costs time
@@ -87,7 +87,7 @@ def read_turns(line, where):
         if not all(isinstance(part, str) for turn in turns for part in turn):
             raise TypeError
         return [(roles.get(role, role), text) for role, text in turns]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{where}: expected an object with "turns", "messages" or "conversations"') from None
 
 
@@ -140,8 +140,6 @@ def read_prompts(path, limit=None):
 def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, tokenizer=None):
     """Write the data directory `out` and return its meta. dataset, inputs: see `collect`. vocab_size: ids of a BPE
     trained here, with the end-of-text token (little text gives fewer); tokenizer: use this one."""
-    if vocab_size < 257:
-        raise UserError(f"--vocab-size {vocab_size}: at least 257, for the 256 bytes and the end-of-text token")
     encoding = load_encoding(tokenizer) if tokenizer is not None else None
     train, val = split(collect(dataset, inputs))
     out = make_room(out)
@@ -184,22 +182,19 @@ class Corpus:
     """A prepared data directory: its `encoding`, its held-out prompts and random training windows."""
 
     def __init__(self, directory):
-        self.directory, meta = directory, read_own_meta(directory)
-        try:
+        self.directory, meta = directory, read_own_meta(directory) or {}
+        with reading(f"{directory}, which python prepare_data.py --out {directory} writes,"):
             self.vocab_size, self.eot_id = meta["vocab_size"], meta["eot_id"]
             self.tokens = {side: np.memmap(Path(directory, f"{side}.bin"), meta["dtype"], "r")
                            for side in ("train", "val")}          # [tokens]
-            if any(len(tokens) != meta[f"{side}_tokens"] for side, tokens in self.tokens.items()):
-                raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{directory} holds no prepared data, or only a part: run python prepare_data.py --out"
-                            f" {directory}, or name another directory") from None
-        self.encoding = load_encoding(directory)
+            if any(len(tokens) != meta[f"{side}_tokens"] or tokens.max() >= self.vocab_size
+                   for side, tokens in self.tokens.items()):
+                raise UserError("it is only a part, or of another vocabulary")
+        self.encoding, self.prompts = load_encoding(directory), read_prompts(Path(directory, "prompts.jsonl"))
 
     def prompt_ids(self, limit=None):
         """The first PROMPT tokens of the held-out prompts, a list of ids each."""
-        prompts = read_prompts(Path(self.directory, "prompts.jsonl"), limit)
-        return [self.encoding.encode_ordinary(turns[0])[:PROMPT] for turns in prompts]
+        return [self.encoding.encode_ordinary(turns[0])[:PROMPT] for turns in self.prompts[:limit]]
 
     def batch(self, side, step, batch_size, length, seed=0):
         """Windows of "train" or "val": int64 [batch_size, length + 1], inputs and targets overlapping. A pure function

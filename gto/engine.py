@@ -7,21 +7,22 @@ import itertools
 import torch
 
 from gto.model import KVCache, Prefix
-from gto.tree import Tree, TreeShape, draft_tree, score_temperature
+from gto.tree import Tree, TreeShape, draft_tree, rows, score_temperature
 from gto.util import UserError
 from gto.verify import Sampling, verify
 from kernels.graphs import Graphs
 
 
 class Engine:
-    """Decodes `batch` sequences side by side, of at most `capacity` tokens, prompt and output together.
-
-    head None: plain autoregressive decoding, the same cycle with a tree of only the root. shape: TreeShape of the
-    drafts; sampling: Sampling; score_temp: temperature of the tree's scores, None: by the sampling temperature."""
+    """Decodes `batch` sequences side by side, of at most `capacity` tokens, prompt and output together. head None:
+    plain autoregressive decoding, the same cycle with a tree of only the root. shape: TreeShape of the drafts;
+    sampling: Sampling; score_temp: temperature of the tree's scores, None: by the sampling temperature."""
     queue_ahead = True    # on a GPU, queue the next cycle before this one's tokens are read
 
     def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
         self.target, self.head, self.shape = target, head, shape or TreeShape()
+        if head is not None and self.shape.top_k > len(head.token_ids):
+            raise UserError(f"--tree {self.shape}: the head knows only {len(head.token_ids)} tokens to choose from")
         self.sampling, self.batch = sampling or Sampling(), batch
         self.capacity = capacity or target.config.max_len
         self.score_temp = score_temp or score_temperature(self.sampling.temperature)
@@ -45,30 +46,30 @@ class Engine:
         """prompts: B lists of token ids. Fills both caches and returns the first token of each sequence, [B]."""
         for prompt in prompts:
             if not prompt:
-                raise UserError("empty prompt: give at least one token to continue")
+                raise UserError("empty prompt: give some text to continue")
             if len(prompt) >= self.capacity:
                 raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {self.capacity}: shorten it")
-        width = max(map(len, prompts))
-        tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)  # padded on the right
+            if max(prompt) >= self.target.config.vocab_size:
+                raise UserError(f"the target knows no token {max(prompt)}: --tokenizer must name its own")
+        tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, prompts)), batch_first=True).to(self.device)
         self.length.copy_(torch.tensor([len(p) for p in prompts]))
         hidden, features, keys, values = self.target(tokens)                          # causal: padding is never seen
         start = torch.zeros_like(self.length)
         self.target_cache.commit(keys, values, start)
-        last = (self.length - 1)[:, None, None]                                       # [B, 1, 1]
-        logits = self.target.logits(hidden.gather(1, last.expand(-1, 1, hidden.shape[-1])))   # [B, 1, V]
+        last = (self.length - 1)[:, None]                                             # [B, 1]
+        logits = self.target.logits(rows(hidden, last))                               # [B, 1, V]
         _, _, self.emitted[:, :1] = verify(logits, self.root_tree, self.sampling, width=1)
         self.num_accepted.zero_()
         if self.head is not None:
             # The last slot is left to the first cycle, which overwrites it: its next token is the root.
             _, (keys, values) = self.head.read(features, tokens)
             self.head_cache.commit(keys, values, start)
-            self.features[:, :1] = features.gather(1, last.expand(-1, 1, features.shape[-1]))
+            self.features[:, :1] = rows(features, last)
         return self.emitted[:, 0].tolist()
 
     def extend(self, width=None):
-        """Extend the head over the newly committed tokens, which end with the root: `width` slots, if the host knows
-        how many suffice. Returns its output at the root, which predicts the tree's first level, [B, dim]; the root [B];
-        what the tree may see of the head's cache, a Prefix."""
+        """Extend the head over the newly committed tokens, which end with the root: `width` slots, None: all. -> its
+        output at the root [B, dim], which predicts the tree's first level; the root [B]; what the tree may see."""
         emitted, features = self.emitted[:, :width], self.features[:, :width]
         B, P = emitted.shape
         # Slots in the head's cache, [B]; it would be below 0 behind the end of a sequence that waits for others.
@@ -79,8 +80,7 @@ class Engine:
                                          causal, Prefix(self.head_cache, committed))
         self.head_cache.commit([keys], [values], committed)
         last = self.num_accepted[:, None]                                             # [B, 1]
-        hidden = hidden.gather(1, last[..., None].expand(-1, 1, hidden.shape[-1])).squeeze(1)  # [B, dim]
-        return hidden, self.emitted.gather(1, last).squeeze(1), Prefix(self.head_cache, self.length)
+        return rows(hidden, last)[:, 0], rows(self.emitted, last)[:, 0], Prefix(self.head_cache, self.length)
 
     def draft(self, width=None):
         """Draft a tree behind the last committed token."""
@@ -94,11 +94,10 @@ class Engine:
                                                      Prefix(self.target_cache, self.length))
         path, num_accepted, emitted = verify(self.target.logits(hidden), tree, self.sampling, self.width)
         self.target_cache.commit(keys, values, self.length, path)
-        self.features[:, :self.width] = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
+        self.features[:, :self.width] = rows(features, path)
         self.emitted[:, :self.width] = emitted
         self.num_accepted.copy_(num_accepted)
-        # A finished sequence may wait for others: it stays inside the cache.
-        self.length.add_(num_accepted + 1).clamp_(max=self.capacity)
+        self.length.add_(num_accepted + 1).clamp_(max=self.capacity)   # what waits for others stays in the cache
 
     def cycle(self, width=None):
         """Draft, verify, compact: without a `width`, every shape fixed and every length on the device."""
@@ -145,11 +144,11 @@ class Engine:
 
     def complete(self, prompts, new_tokens):
         """-> a list of token ids for each prompt: the prompt and up to `new_tokens` behind it."""
-        rows = [list(prompt) for prompt in prompts]
+        texts = [list(prompt) for prompt in prompts]
         for new in self.generate(prompts, new_tokens):
-            for row, tokens in zip(rows, new):
-                row += tokens
-        return rows
+            for text, tokens in zip(texts, new):
+                text += tokens
+        return texts
 
 
 def cut(tokens, stop):

@@ -3,8 +3,7 @@
 tau is measured along texts that the target has written before: a cycle drafts at the current root, accepts the path
 that the text goes, and moves on. At T=0 this is what decoding does. At T>0 it is so in distribution: the target's draws
 may be made in advance, one per position instead of one per node, as verification meets at most one node of a position.
-All heads meet the same text, and no target forward is needed. Speed is measured by decoding, batch 1, all methods in
-turn, so that they share the machine's good and bad moments."""
+All heads meet the same text, and no target forward is needed. Speed is measured by decoding, see `speeds`."""
 import json
 import time
 from typing import NamedTuple
@@ -12,9 +11,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from gto.checkpoint import seconds_of
+from gto.checkpoint import read_log, seconds_of
 from gto.engine import Engine, cut
 from gto.model import Prefix
+from gto.page import watch, write_page
 from gto.rollout import Text, target_forward
 from gto.tree import TreeShape, draft_tree
 from gto.util import one_thread_if_small, rank, synchronize, table, write_text
@@ -39,47 +39,42 @@ def fixed_text(target, prompts, new_tokens, temperature, ahead, stop=(), seed=0)
     """Let the target continue the prompts (lists of ids) by `new_tokens` and the `ahead` that a last tree sees. What it
     writes behind a token of `stop` is there, but is not to be decoded."""
     torch.manual_seed(seed)
-    engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
-                    capacity=max(map(len, prompts)) + new_tokens + ahead)
-    rows = engine.complete(prompts, new_tokens + ahead)
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=engine.device)
-    start = [len(prompt) for prompt in prompts]
+    start, more = list(map(len, prompts)), new_tokens + ahead
+    engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts), capacity=max(start) + more)
+    rows = engine.complete(prompts, more)
+    tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True).to(engine.device)
     end = [at + max(len(cut(row[at:at + new_tokens], stop)) - 1, 1) for row, at in zip(rows, start)]
     return FixedText(target_forward(target, tokens), *torch.tensor([start, end], device=engine.device))
 
 
-def accepted_length(fixed, rows, length, tree):
-    """How many of its drafts a tree behind the token at `length` of these texts gets accepted, [n]."""
+def accepted_path(fixed, rows, length, tree):
+    """What these texts accept of a tree behind their token at `length`: nodes [n, N], padded with 0; how many [n]."""
     says = (length[:, None] + tree.depth + 1).clamp(max=fixed.text.tokens.shape[1] - 1)   # a leaf's is not looked at
-    choice = fixed.text.tokens[rows[:, None], says]
-    return accept(tree, choice, tree.tokens.shape[1])[1]
+    return accept(tree, fixed.text.tokens[rows[:, None], says], tree.tokens.shape[1])[:2]
 
 
 @torch.no_grad()
 def replay_text(fixed, draft):
     """Decode all texts. draft(rows [n], length [n]) -> a Tree behind the token at `length` of each of these texts.
-
     Returns tau [B]: tokens emitted per cycle, the target's own one counted."""
     length, cycles = fixed.start.clone(), torch.zeros_like(fixed.start)
     while len(rows := (length < fixed.end).nonzero().squeeze(1)):
-        length[rows] += accepted_length(fixed, rows, length[rows], draft(rows, length[rows])) + 1
+        length[rows] += accepted_path(fixed, rows, length[rows], draft(rows, length[rows]))[1] + 1
         cycles[rows] += 1
     return (length - fixed.start) / cycles.clamp(min=1)
 
 
-def drafting(head, fixed, score_temp):
-    """-> draft(rows, length, shape), which drafts a Tree behind the token at `length` of each of these texts."""
+def drafting(head, fixed, shape, score_temp):
+    """-> draft(rows, length, shape=shape), which drafts a Tree behind the token at `length` of each of these texts."""
     with torch.no_grad():
         hidden, kv = head.read(fixed.text.features, fixed.text.tokens)
-    return lambda rows, length, shape: draft_tree(
+    return lambda rows, length, shape=shape: draft_tree(
         head, hidden[rows, length - 1], fixed.text.tokens[rows, length], Prefix(kv, length, rows), shape, score_temp)
 
 
 def tau(head, fixed, shape, score_temp):
     """Acceptance length [B] of a head's trees."""
-    draft = drafting(head, fixed, score_temp)
-    return replay_text(fixed, lambda rows, length: draft(rows, length, shape))
+    return replay_text(fixed, drafting(head, fixed, shape, score_temp))
 
 
 def best_score_temp(head, fixed, shape, temperatures):
@@ -89,17 +84,36 @@ def best_score_temp(head, fixed, shape, temperatures):
 
 def tau_and_misalignment(head, fixed, shape, score_temp):
     """Acceptance length [B], and the paper's diagnosis: the shares of cycles in which its greedy path, as deep as
-    the tree, is not in the tree as a whole, and in which the tree is accepted just as far as that path alone."""
-    draft, chain, pruned, matched = drafting(head, fixed, score_temp), TreeShape(1, shape.depth, shape.depth), [], []
+    the tree, is not in the tree as a whole, and in which the tree is accepted just as far as that path alone. And the
+    shares in which it is accepted to each depth, [depth]."""
+    draft, chain, cycles = drafting(head, fixed, shape, score_temp), TreeShape(1, shape.depth, shape.depth), []
 
     def tree_and_path(rows, length):
-        tree, path = draft(rows, length, shape), draft(rows, length, chain)
-        pruned.append(greedy_depth(tree, path) < shape.depth)
-        matched.append(accepted_length(fixed, rows, length, tree) == accepted_length(fixed, rows, length, path))
+        tree, path = draft(rows, length), draft(rows, length, chain)
+        (_, accepted), (_, alone) = (accepted_path(fixed, rows, length, drafted) for drafted in (tree, path))
+        reached = accepted[:, None] > torch.arange(shape.depth, device=accepted.device)             # [n, depth]
+        cycles.append((greedy_depth(tree, path) < shape.depth, accepted == alone, reached))
         return tree
 
     lengths = replay_text(fixed, tree_and_path)
-    return lengths, torch.cat(pruned).float().mean().item(), torch.cat(matched).float().mean().item()
+    return lengths, *(torch.cat(shares).float().mean(0).tolist() for shares in zip(*cycles))
+
+
+def calibration(head, fixed, shape, score_temp, bins=10):
+    """-> [(mean probability of a node's path by the head, share of such nodes accepted)] by tenths of the former."""
+    draft, promised, kept = drafting(head, fixed, shape, score_temp), [], []
+
+    def watched(rows, length):
+        tree = draft(rows, length)
+        path, _ = accepted_path(fixed, rows, length, tree)
+        promised.append(tree.scores[:, 1:].exp().flatten())
+        kept.append(torch.zeros_like(tree.scores).scatter(1, path, 1.0)[:, 1:].flatten())
+        return tree
+
+    replay_text(fixed, watched)
+    promised, kept = torch.cat(promised), torch.cat(kept)
+    tenth = (promised * bins).long().clamp(max=bins - 1)
+    return [(promised[tenth == i].mean().item(), kept[tenth == i].mean().item()) for i in tenth.unique()]
 
 
 def greedy_depth(tree, path):
@@ -127,7 +141,6 @@ def timed(engine, prompt, new_tokens, stop=()):
     """Decode one prompt to `new_tokens` tokens or one of `stop`. -> Decoded, its last cycle counted in full."""
     new = engine.prefill([prompt])
     tokens, stream, cycles = list(new), engine.cycles(), 0
-    synchronize(engine.device)
     began = time.perf_counter()
     while len(tokens) < new_tokens and not any(token in stop for token in new):
         new = next(stream)[0]
@@ -139,7 +152,7 @@ def timed(engine, prompt, new_tokens, stop=()):
 
 
 def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
-    """Decode by several engines of batch 1, {name: Engine}, prompt by prompt in turn. -> {name: [Decoded]}."""
+    """Decode by engines of batch 1, {name: Engine}, in turn, so that they share bad moments. -> {name: [Decoded]}."""
     result = {name: [] for name in engines}
     for prompt in tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0):
         for name, engine in engines.items():
@@ -147,56 +160,75 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
     return {name: decoded[1:] for name, decoded in result.items()}                    # the first is the warm-up
 
 
-def report(config, target, heads, out, prompts, stop=()):
-    """heads {"draft" | "control" | "gto": [a head per seed]}; prompts: lists of ids; stop: tokens that end an answer.
-    -> Markdown, also in out/table.md and out/results.json."""
-    shape, new_tokens = TreeShape.parse(config.tree), config.eval_tokens
-    others, prompts = prompts[::5], [p for i, p in enumerate(prompts) if i % 5]       # score temperatures; the rest
-    tree, capacity = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens + 16
-    rows, taus = {}, {}
+def compare_tau(config, target, heads, prompts, others, stop):
+    """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with the score temperature that
+    the `others` choose. -> what results.json holds of it, rows by (T, name); {(T, name): [seeds, prompts]}."""
+    shape, new_tokens, rows, taus = TreeShape.parse(config.tree), config.eval_tokens, {}, {}
+    results = {"rows": rows, "prompts": len(prompts), "by_depth": {}, "calibration": {}}
     for T, temperatures in SCORE_TEMPS.items():
         test = fixed_text(target, prompts, new_tokens, T, shape.depth, stop)
         tune = fixed_text(target, others, new_tokens // 2, T, shape.depth, stop, seed=1)
         rows[T, "ar"] = {"T": f"{T:g}", "method": "ar", "tau": 1.0}
+        depths = results["by_depth"][f"{T:g}"] = {}
         for name, trained in tqdm(heads.items(), desc=f"tau, T={T:g}", unit="method"):
             best = [best_score_temp(head, tune, shape, temperatures) for head in trained]
             found, *shares = zip(*(tau_and_misalignment(head, test, shape, s) for head, s in zip(trained, best)))
-            taus[name, T] = torch.stack(found)                                        # [seeds, prompts]
-            mean, error = paired(taus[name, T].mean(0), 0.0)
-            pruned, matched = (f"{sum(share) / len(share):.0%}" for share in shares)
+            taus[T, name] = torch.stack(found)                                        # [seeds, prompts]
+            mean, error = paired(taus[T, name].mean(0), 0.0)
+            pruned, matched, depths[name] = (torch.tensor(share).mean(0).tolist() for share in shares)
             rows[T, name] = {"T": f"{T:g}", "method": name, "tau": mean, "±": error,
-                             "by seed": [round(tau, 3) for tau in taus[name, T].mean(1).tolist()],
-                             "score temp.": best, "path pruned": pruned, "accepted = path's": matched}
+                             "by seed": [round(tau, 3) for tau in taus[T, name].mean(1).tolist()], "score temp.": best,
+                             "path pruned": f"{pruned:.0%}", "accepted = path's": f"{matched:.0%}"}
+        results["calibration"][f"{T:g}"] = {s: calibration(heads["gto"][0], tune, shape, s) for s in temperatures}
         if T == 0:                                                                    # is speculation lossless?
             plain = [row[len(prompt):][:new_tokens] for row, prompt in zip(test.text.tokens.tolist(), prompts)]
-            engine = Engine(target, heads["gto"][0], tree, batch=len(prompts), capacity=capacity)
+            tree, room = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens
+            engine = Engine(target, heads["gto"][0], tree, batch=len(prompts), capacity=room)
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
-            equal, distinct = sum(map(list.__eq__, written, plain)), sum(len(set(row)) for row in plain) / len(plain)
-    one_thread_if_small(target)
+            results["greedy_equal"] = sum(map(list.__eq__, written, plain))
+            results["distinct_tokens"] = sum(len(set(row)) for row in plain) / len(plain)
+    return results, taus
+
+
+def compare_speed(target, heads, prompts, new_tokens, stop):
+    """Tokens a second in decode.py's default tree, and over plain decoding. -> {(T, name): columns of its row}."""
+    tree, room, columns = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens + 16, {}
     for T in SCORE_TEMPS:
-        engines = {name: Engine(target, heads.get(name, [None])[0], tree, Sampling(T), capacity=capacity)
+        engines = {name: Engine(target, heads.get(name, [None])[0], tree, Sampling(T), capacity=room)
                    for name in ("ar", *heads)}
-        decoded = speeds(engines, prompts[:TIMED], new_tokens, stop, desc=f"speed, T={T:g}")
+        decoded = speeds(engines, prompts, new_tokens, stop, desc=f"speed, T={T:g}")
         rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
-        for name, rate in rates.items():
-            rows[T, name] |= {"tokens/s": round(rate.median().item()),
-                              "speed-up": round((rate / rates["ar"]).median().item(), 2)}
-            rows[T, name] |= {"training, s": round(seconds_of(out, name))} if name in heads else {}
-    differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[a, T].mean(0), taus[b, T].mean(0)) for T in SCORE_TEMPS}
+        columns |= {(T, name): {"tokens/s": round(rate.median().item()),
+                                "speed-up": round((rate / rates["ar"]).median().item(), 2)}
+                    for name, rate in rates.items()}
+    return columns
+
+
+def report(config, target, heads, out, prompts, encoding, stop=()):
+    """The comparison at the end of a run; prompts: lists of ids, every fifth chooses score temperatures; stop: tokens
+    that end an answer. -> Markdown, also in out/table.md, and beside it results.json and the page report.html."""
+    others, prompts, new_tokens = prompts[::5], [p for i, p in enumerate(prompts) if i % 5], config.eval_tokens
+    results, taus = compare_tau(config, target, heads, prompts, others, stop)
+    one_thread_if_small(target)
+    for (T, name), columns in compare_speed(target, heads, prompts[:TIMED], new_tokens, stop).items():
+        results["rows"][T, name] |= columns | ({} if name == "ar" else {"training, s": round(seconds_of(out, name))})
+    rows = list(results["rows"].values())
+    differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
                    for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
-    lines = [table([dict.fromkeys(rows[0.0, "gto"], "") | row for row in rows.values()]),
-             f"\ntau with tree {config.tree} ± standard error over {len(prompts)} held-out prompts x {new_tokens}"
+    gains = " and ".join(T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error)
+    lines = [f"tau with tree {config.tree} ± standard error over {results['prompts']} held-out prompts x {new_tokens}"
              f" tokens, mean of {config.seeds} seeds, each head with its best score temperature. Path: the head's"
              f" greedy path. Speed: batch 1, decode.py's default tree, median over {TIMED} prompts.",
-             f"Greedy output equal to plain greedy decoding: {equal} of {len(prompts)} texts, with {distinct:.0f}"
-             f" distinct tokens each."]
-    lines += [f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."
-              for pair, by_T in differences.items()]
-    gains = [T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error]
-    lines.append(f"GTO {'beats' if gains else 'does not beat'} the continuation that took as long, by two standard"
-                 f" errors, at {' and '.join(gains) or 'either temperature'}.")
-    results = {"rows": list(rows.values()), "differences": differences, "prompts": len(prompts), "greedy_equal": equal,
-               "distinct_tokens": distinct}
+             f"Greedy output equal to plain greedy decoding: {results['greedy_equal']} of {results['prompts']} texts,"
+             f" with {results['distinct_tokens']:.0f} distinct tokens each.",
+             *(f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."
+               for pair, by_T in differences.items()),
+             f"GTO {'beats' if gains else 'does not beat'} the control by two standard errors at {gains or 'any T'}."]
+    text = "\n".join([table([dict.fromkeys(rows[1], "") | row for row in rows]), "", *lines])
+    results |= {"rows": rows, "differences": differences}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(out / "table.md", "\n".join(lines) + "\n")
-    return "\n".join(lines)
+    write_text(out / "table.md", text + "\n")
+    engine = Engine(target, heads["gto"][0], TreeShape.parse(config.tree), capacity=len(prompts[0]) + new_tokens)
+    decode = watch(engine, prompts[0], encoding, new_tokens, stop)
+    write_page(out / "report.html", f"A run: {out.name}", decode, lines, log=read_log(out), **results)
+    return text

@@ -19,11 +19,10 @@ class HeadConfig(ModelConfig):
     target_dim: int = 128
     own_embedding: bool = False   # heads narrower than their target carry an embedding of their own
 
-    def check_fits(self, path, target):
-        """The config itself; a UserError if the head in this file drafts for another target."""
+    def check_fits(self, target):
+        """The config itself; a UserError if a head with these numbers drafts for another target."""
         if (self.target_dim, self.vocab_size) != (target.config.dim, target.config.vocab_size):
-            raise UserError(f"{path} was made for another target: {self.target_dim} wide with {self.vocab_size}"
-                            f" tokens, this one has {target.config.dim} and {target.config.vocab_size}")
+            raise UserError(f"it is for another target, of dim {self.target_dim} and {self.vocab_size} tokens")
         return self
 
 
@@ -37,8 +36,7 @@ class DraftHead(nn.Module):
         else:  # kept in a tuple, out of sight of nn.Module: neither a parameter nor in the checkpoint of the head
             self._lent = (target.embed,)
         self.fc = nn.Linear(3 * config.target_dim, config.dim, bias=False)
-        self.token_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feature_norm = RMSNorm(config.dim, config.norm_eps)
+        self.token_norm, self.feature_norm = RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config, 2 * config.dim)
         self.ffn_norm, self.ffn = RMSNorm(config.dim, config.norm_eps), SwiGLU(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -66,8 +64,7 @@ class DraftHead(nn.Module):
         """hidden [B, N, dim]: fused target features, or the parents' outputs; tokens, positions [B, N].
         Without a prefix the slots are a causal sequence, else nodes under `mask` [B, N, M].
 
-        Returns hidden [B, N, dim] for `logits` and for the children; keys, values [B, kv_heads, M, D], `past` included.
-        """
+        Returns hidden [B, N, dim] for `logits` and children; keys, values [B, kv_heads, M, D], `past` included."""
         x, cos, sin = self.inputs(hidden, tokens, positions)
         attended, k, v = self.attn(x, cos, sin, mask, prefix, past=past)
         return self.outputs(hidden, attended), k, v
@@ -109,8 +106,7 @@ def attend_chain(q, k_true, v_true, unseen, chain_kv):
     """One step of R chains: attention to the true slots, and to each chain's own steps so far.
 
     q [B, heads, R, D]; k_true, v_true [B, kv_heads, T, D]; unseen [B, R, T] bool: true slots behind a chain's root;
-    chain_kv [(k, v)] by step, [B, kv_heads, R, D] each. A step's own keys are one dot product each: no mask is needed.
-    """
+    chain_kv [(k, v)] by step, [B, kv_heads, R, D] each. Own keys are one dot product each: they need no mask."""
     (B, H, R, D), (G, T) = q.shape, k_true.shape[1:3]
     q = q.view(B, G, H // G, R, D) * D ** -0.5
     true = torch.einsum("bghrd,bgtd->bghrt", q, k_true).masked_fill(unseen[:, None, None], float("-inf"))

@@ -39,9 +39,8 @@ def token_loss(log_q, labels, weight, total=None, decay=0.8):
 
 def unroll_text(config, target, head, text):
     """Training-time test over a whole batch: every slot starts a chain along the true text, up to the last whose chain
-    fits the text, from the first behind which any text has something to learn.
-
-    Returns log_q, labels [B, R, J+1, V'] and weight [B, R, J+1] bool, see `token_loss`."""
+    fits the text, from the first behind which any text has something to learn. -> log_q, labels [B, R, J+1, V'] and
+    weight [B, R, J+1] bool, see `token_loss`."""
     (B, T), J = text.tokens.shape, config.unroll
     learnt = learnt_positions(text.supervised, J)                                     # [B, T-J-2, J+1]
     first = int(learnt[..., 0].any(0).byte().argmax())
@@ -52,8 +51,7 @@ def unroll_text(config, target, head, text):
     hidden = head.unroll(text.features, text.tokens, slots.expand(B, -1), chains)
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, J+1, V']
     labels, teachable = soft_labels(target, text, head.token_ids, config.label_temperature)
-    weight = teachable[:, positions + 1] & learnt[:, first:]
-    return log_q, labels[:, positions + 1], weight
+    return log_q, labels[:, positions + 1], teachable[:, positions + 1] & learnt[:, first:]
 
 
 def learnt_positions(supervised, unroll):
@@ -116,9 +114,8 @@ def gto_objective(batch):
     advantage = advantages(gain.view(in_groups), config.delta)
     s = ratio(log_q, reference_log_q, trees.length).view(in_groups)
     weight = batch.group_weight[..., None] * batch.group_weight.numel()               # `surrogate` is linear in A
-    return surrogate(s, advantage * weight, config.eps), {
-        name: (value.view(in_groups) * weight).mean()
-        for name, value in {"reward": trees.reward, "gain": gain, "accepted": trees.length}.items()}
+    metrics = {"reward": trees.reward, "gain": gain, "accepted": trees.length}
+    return surrogate(s, advantage * weight, config.eps), {k: (v.view_as(s) * weight).mean() for k, v in metrics.items()}
 
 
 def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):

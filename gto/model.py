@@ -79,8 +79,7 @@ class KVCache:
         """Append the tokens at `path` behind the first `length` positions of every row.
 
         keys, values: per layer [B, kv_heads, N, D]; length [B]; path [B, P] indexes N, None takes all N in order. P is
-        fixed and may run past the accepted tokens: what is beyond the caller's new length is overwritten by the next.
-        """
+        fixed and may exceed what is accepted: what is behind the caller's new length is overwritten later."""
         for cache, new in (self.k, keys), (self.v, values):
             new = torch.stack(new)                                                    # [L, B, G, N, D]
             if path is not None:

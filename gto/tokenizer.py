@@ -15,7 +15,7 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from gto.util import UserError, write_whole
+from gto.util import UserError, reading, write_whole
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -51,25 +51,25 @@ def make_encoding(name, pattern, ranks, specials, normalizer=None):
     if len(set(ids)) < len(ids) or not ranks.keys() >= set(single[32:127]):
         raise ValueError("not a byte-level vocabulary with a distinct id for each token")
     encoding = Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    unicodedata.normalize(normalizer or "NFC", "é")               # ValueError if there is no such form
     encoding.normalizer, encoding.unknown = normalizer, b"".join(byte for byte in single if byte not in ranks)
     return encoding
 
 
 def read_own_meta(directory):
     """meta.json of prepare_data.py, or None; other programs write files of that name too."""
-    try:
-        meta = json.loads(Path(directory, "meta.json").read_text(encoding="utf-8"))
-        return meta if meta.keys() >= {"pattern", "special_tokens", "eot_id"} else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    if (path := Path(directory, "meta.json")).is_file():
+        with reading(path):
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            return meta if meta.keys() >= {"pattern", "special_tokens", "eot_id"} else None
 
 
 def save_tokenizer(path, encoding):
     """Write any encoding as tokenizer.model, a rank file or in the format it came in. -> what meta.json says of it."""
     save = getattr(encoding, "save", None)
     save(path) if save else save_ranks(path, encoding._mergeable_ranks)
-    return {"vocab_size": encoding.n_vocab, "pattern": getattr(encoding, "_pat_str", None),
-            "normalizer": getattr(encoding, "normalizer", None),
+    return {"vocab_size": encoding.n_vocab, "ranks": len(getattr(encoding, "_mergeable_ranks", ())),
+            "pattern": getattr(encoding, "_pat_str", None), "normalizer": getattr(encoding, "normalizer", None),
             "special_tokens": encoding._special_tokens, "eot_id": end_of_text_id(encoding)}
 
 

@@ -14,7 +14,7 @@ from gto.loss import Batch, learnt_positions, token_loss, unroll_text
 from gto.model import ModelConfig, Target, small_normal
 from gto.rollout import Text, sample_groups, target_forward
 from gto.tree import TreeShape
-from gto.util import UserError, append_log, average, rank, ranks
+from gto.util import UserError, append_log, average, rank, ranks, reading
 from gto.verify import Sampling
 from kernels.muon import Muon
 
@@ -170,11 +170,13 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     if partial.exists():
         state = read(partial, "training")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        start, seconds = state["step"], state["seconds"]
+        with reading(partial):
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            start, seconds = state["step"], state["seconds"]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    every = max(1, min(10, steps // 20))                          # in the steps between, the host waits for no GPU
     bar = tqdm(range(start, steps), name, steps, initial=start, unit="step", disable=rank() > 0)
     began = time.perf_counter() - seconds
     for step in bar:
@@ -193,7 +195,7 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
             optimizer.zero_grad(set_to_none=True)
         weights = torch.nn.utils.get_total_norm(list(model.parameters()))
         recent.append(torch.stack([*sums.values(), norm, weights]).detach())
-        if step % 10 == 9 or step == steps - 1:                   # in the steps between, the host waits for no GPU
+        if step % every == every - 1 or step == steps - 1:
             values = torch.stack(recent)                                              # [steps since, metrics]
             average([values])
             fine = values[:, [0, -1]].isfinite().all(1).tolist()
@@ -201,7 +203,7 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
                 raise UserError(f"{name}, step {step + 2 - len(fine) + fine.index(False)}: loss or weights not finite."
                                 " The last checkpoint is kept. Try lower --muon-lr and --adam-lr (of heads"
                                 " --head-muon-lr, --head-lr, --gto-rate) in another --out-dir")
-            recent, metrics = [], dict(zip([*sums, "norm"], values[-1].tolist()))
+            recent, metrics = [], dict(zip([*sums, "norm"], values.mean(0).tolist()))
             bar.set_postfix({metric: f"{value:.3f}" for metric, value in metrics.items()})
             append_log(log, stage=name, step=step + 1, seconds=time.perf_counter() - began, **metrics)
         if step % SAVE_EVERY == SAVE_EVERY - 1 and step < steps - 1:

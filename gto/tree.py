@@ -23,9 +23,8 @@ class TreeShape:
         return self.top_k + (self.depth - 1) * self.top_k ** 2
 
     def __post_init__(self):
-        if min(self.top_k, self.depth, self.nodes) < 1 or self.nodes > self.num_candidates:
-            raise UserError(f"tree {self}: {self.top_k} children and depth {self.depth} give 1 to"
-                            f" {max(self.num_candidates, 0)} nodes; choose fewer nodes, more depth or more children")
+        if min(self.top_k, self.depth, self.nodes) < 1 or not self.nodes <= self.num_candidates <= 4096:
+            raise UserError(f"--tree {self}: must be 1 or more, nodes <= children + (depth - 1) * children**2 <= 4096")
 
     def __str__(self):
         return f"{self.top_k},{self.depth},{self.nodes}"
@@ -41,7 +40,7 @@ class TreeShape:
         try:
             top_k, depth, nodes = (int(part) for part in text.split(","))
         except ValueError:
-            raise UserError(f"tree '{text}' is not three numbers: write children,depth,nodes, for example 8,5,24")
+            raise UserError(f"--tree {text!r:.99} is not three numbers: write children,depth,nodes, for example 8,5,24")
         return cls(top_k, depth, nodes)
 
 
@@ -159,5 +158,4 @@ def rerank(root, tokens, parents, scores, shape):
     parents = F.pad(node.gather(1, parents.gather(1, kept)), (1, 0))                  # [B, N]
     mask = ancestor_mask(parents, shape.depth)
     tokens = torch.cat([root[:, None], tokens.gather(1, kept)], dim=1)
-    scores = F.pad(scores.gather(1, kept), (1, 0))
-    return Tree(tokens, parents, mask, mask.sum(-1) - 1, scores)
+    return Tree(tokens, parents, mask, mask.sum(-1) - 1, F.pad(scores.gather(1, kept), (1, 0)))

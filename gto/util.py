@@ -4,10 +4,14 @@ import atexit
 import json
 import os
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import distributed
+
+MOST = 2**32 - 1    # no number of a flag is larger
 
 
 class UserError(Exception):
@@ -15,7 +19,8 @@ class UserError(Exception):
 
 
 def main_guard(main):
-    """Run `main()` as a program: a UserError, or what the system refuses, becomes a line on stderr, exit status 2."""
+    """Run `main()` as a program: a UserError, or a file out of reach, becomes one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")                       # a prompt may be of any bytes
     try:
         return main()
     except (UserError, OSError) as error:
@@ -36,6 +41,31 @@ def argument_parser(command, description):
 
     parser.error = error
     return parser
+
+
+def at_least(least, kind=int):
+    """A type for `add_argument`: an int or float from `least` to MOST."""
+    def number(text):                                             # argparse says "invalid number value" if `kind` fails
+        if not least <= (value := kind(text)) <= MOST:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {MOST}")
+        return value
+    return number
+
+
+@contextmanager
+def reading(source):
+    """Whatever goes wrong inside, with what is in a file, as a UserError of one line that names the source."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{source} needs a package to be read: pip install {error.name.split('.')[0]}") from None
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist") from None
+    except Exception as error:                                    # each parser, and each template, has its own
+        why = error if isinstance(error, UserError) else f"{error!r:.200}"
+        raise UserError(f"{source} is damaged, or of a kind not known here: {why}") from None
 
 
 def table(rows):
@@ -65,11 +95,14 @@ def write_text(path, text):
 
 
 def append_log(path, **record):
-    """One JSON object a line."""
+    """One JSON object a line, a whole one or none."""
     if rank() == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}) + "\n"
+        with open(path, "ab", buffering=0) as file:
+            if (written := file.write(line.encode())) < len(line):                    # the disk is full
+                os.truncate(path, file.tell() - written)
+                raise UserError(f"cannot write to {path}: no space left; what was finished before is kept")
 
 
 def synchronize(device):
@@ -99,6 +132,8 @@ def start(device):
         atexit.register(distributed.destroy_process_group)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"--device {device}: must be cpu or cuda, or cuda:1 and so on for one of several")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

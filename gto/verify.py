@@ -29,8 +29,8 @@ class Sampling:
     top_p: float = 1.0         # 1: off
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"{self}: needs temperature >= 0, top_k >= 0 (0 is off) and 0 < top_p <= 1 (1 is off)")
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"--temperature and --top-k must be 0 or more, --top-p above 0 and at most 1, not {self}")
 
 
 def warp(logits, sampling):
@@ -60,7 +60,6 @@ def choose(logits, sampling):
 
 def accept(tree, choice, width):
     """The longest path of nodes that agree with the target's choices [B, N] after each. width P: depth + 1 or more.
-
     Returns path [B, P] node indices from the root down, padded with 0; num_accepted [B] nodes without the root;
     bonus [B], the target's choice at the last of them. Siblings carry different tokens: one node per depth at most."""
     match = tree.tokens == choice.gather(1, tree.parents)                             # [B, N]
@@ -78,5 +77,4 @@ def verify(logits, tree, sampling, width):
     the accepted tokens, then the token the target adds itself, then padding."""
     path, num_accepted, bonus = accept(tree, choose(logits, sampling), width)
     drafted = tree.tokens.gather(1, path).roll(-1, dims=1)             # path tokens without the root
-    emitted = drafted.scatter(1, num_accepted[:, None], bonus[:, None])
-    return path, num_accepted, emitted
+    return path, num_accepted, drafted.scatter(1, num_accepted[:, None], bonus[:, None])

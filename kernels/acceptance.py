@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from kernels import next_power_of_2, tl, triton, use_triton
+from kernels import tl, triton, use_triton
 
 CHUNK = 4096  # logits per program: 32 a thread, all in flight at once
 
@@ -26,11 +26,8 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
     uniform  [B, N]     random numbers in [0, 1), one per node, needed where temperature > 0
     Returns  choice [B, N] int64, the target's next token after each node;
              log_prob [B, M] float32, log T(token of the node | prefix, ancestors); 0 for the root"""
-    run = score_nodes_triton if use_triton(logits) else score_nodes_reference
-    return run(logits, tokens, parents, temperature, uniform)
-
-
-def score_nodes_reference(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
+    if use_triton(logits):
+        return score_nodes_triton(logits, tokens, parents, temperature, uniform)
     if temperature == 0:
         choice = logits.argmax(-1)                                                    # [B, N]
     else:  # inverse CDF: the first token whose cumulated probability exceeds u times the total
@@ -75,10 +72,8 @@ def _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS: tl.constexpr):
 @triton.jit
 def _first_above(mass, threshold, SIZE: tl.constexpr):
     """Index of the first entry at which the cumulated mass exceeds the threshold, and the mass before it.
-
-    A parallel sum rounds differently from entry to entry, so the cumulated mass may rise where the mass is 0, or
-    its end stay below the threshold: an entry without mass is never taken, and the last one with mass is the default.
-    """
+    A parallel sum rounds differently from entry to entry, so the cumulated mass may rise where the mass is 0, or its
+    end stay below the threshold: an entry without mass is never taken, the last one with mass is the default."""
     index = tl.arange(0, SIZE)
     cumulated = tl.cumsum(mass, axis=0)
     last = tl.max(tl.where(mass > 0, index, 0), axis=0)
@@ -90,8 +85,8 @@ def _first_above(mass, threshold, SIZE: tl.constexpr):
 def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, uniform_ptr, choice_ptr, N, V, logits_b, logits_n, chunks,
                    scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr):
     """One row: the target's choice."""
-    row = tl.program_id(0)
-    b, chunk = (row // N).to(tl.int64), tl.arange(0, CHUNKS)
+    row, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
+    logits_ptr += (row // N).to(tl.int64) * logits_b + (row % N).to(tl.int64) * logits_n
     if GREEDY:
         top = tl.load(top_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
         best = tl.load(best_ptr + row * chunks + chunk, mask=chunk < chunks, other=V - 1)
@@ -101,8 +96,7 @@ def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, uniform_ptr, choice_p
         threshold = tl.load(uniform_ptr + row) * tl.sum(mass, axis=0)
         taken, before = _first_above(mass, threshold, CHUNKS)
         at = taken * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits_ptr + b * logits_b + (row % N).to(tl.int64) * logits_n + at, mask=at < V,
-                    other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
         top = tl.load(top_ptr + row * chunks + taken) * scale   # relative to the chunk's own maximum nothing vanishes
         first, _ = _first_above(tl.exp2(x * scale - top), (threshold - before) * tl.exp2(row_top - top), CHUNK)
         choice = taken * CHUNK + first
@@ -123,8 +117,8 @@ def _log_prob_kernel(logits_ptr, top_ptr, sum_ptr, tokens_ptr, parents_ptr, log_
 
 def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
     (B, N, V), device, greedy = logits.shape, logits.device, temperature == 0
-    chunk = min(CHUNK, next_power_of_2(V))
-    chunks = -(-V // chunk)
+    chunk = min(CHUNK, triton.next_power_of_2(V))
+    chunks = triton.cdiv(V, chunk)
     top, total = torch.empty(2, B * N, chunks, dtype=torch.float32, device=device)
     best = torch.empty(B * N, chunks, dtype=torch.int32, device=device) if greedy else None
     choice = torch.empty(B, N, dtype=torch.long, device=device)
@@ -132,10 +126,10 @@ def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, unifo
     _scan_kernel[(B * N * chunks,)](logits, top, total, best, N, V, *row, scale,
                                     CHUNK=chunk, GREEDY=greedy, SUM=not greedy or tokens is not None)
     _choose_kernel[(B * N,)](logits, top, total, best, None if greedy else uniform.contiguous(), choice, N, V, *row,
-                             scale, CHUNK=chunk, CHUNKS=next_power_of_2(chunks), GREEDY=greedy)
+                             scale, CHUNK=chunk, CHUNKS=triton.next_power_of_2(chunks), GREEDY=greedy)
     if tokens is None:
         return choice, None
     log_prob = torch.empty(tokens.shape, dtype=torch.float32, device=device)
     _log_prob_kernel[(tokens.numel(),)](logits, top, total, tokens.contiguous(), parents.contiguous(), log_prob, N,
-                                        tokens.shape[1], *row, scale, CHUNKS=next_power_of_2(chunks))
+                                        tokens.shape[1], *row, scale, CHUNKS=triton.next_power_of_2(chunks))
     return choice, log_prob

@@ -16,7 +16,8 @@ from kernels import acceptance, tree_attention, triton
 COLD = 256 * 2**20                                                     # bytes to walk over: five L2 caches of an H200
 D = 128                                                                # head size
 compiled_flex = torch.compile(flex_attention, dynamic=False)
-compiled_scoring = torch.compile(acceptance.score_nodes_reference, dynamic=False)
+plain_scoring = torch.enable_grad()(acceptance.score_nodes)             # with gradients on it is plain PyTorch
+compiled_scoring = torch.compile(plain_scoring, dynamic=False)
 
 
 def randn(*shape):
@@ -25,25 +26,23 @@ def randn(*shape):
 
 def microseconds(calls, copies, want, tolerance):
     """{name: call(i), i = 0 .. copies-1} -> {name: microseconds a call}; None: it does not run here, or is wrong."""
-    times = {}
+    times = dict.fromkeys(calls)
     for name, call in calls.items():
         try:
             if name != "copy":
-                torch.testing.assert_close(call(0).reshape(want.shape), want, atol=tolerance, rtol=tolerance,
-                                           check_dtype=False)
+                torch.testing.assert_close(call(0).reshape(want.shape).to(want), want, atol=tolerance, rtol=tolerance)
             times[name] = 1000 / copies * triton.testing.do_bench_cudagraph(
                 lambda: [call(i) for i in range(copies)], return_mode="median")
         except Exception as error:                                     # a peer may lack a kernel for a shape
             if name == "ours":
                 raise
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-            times[name] = None
     return times
 
 
 def attention(H, G, N, S):
     """A tree of N nodes behind a prefix of S tokens, H query and G key heads."""
-    T = -(-(S + N) // 16) * 16                                         # padded, or SDPA pads its mask in every call
+    T = triton.cdiv(S + N, 16) * 16                                    # padded, or SDPA pads its mask in every call
     copies = 1 + COLD // (2 * G * T * D * 2)
     q, K, V = randn(1, H, N, D), randn(copies, 1, G, T, D), randn(copies, 1, G, T, D)
     mask = torch.eye(N, dtype=torch.bool)
@@ -76,23 +75,22 @@ def scoring(temperature, N=60, V=128_256):
     calls = {"ours": lambda i: acceptance.score_nodes(logits[i], *rest)[1],
              "compiled PyTorch": lambda i: compiled_scoring(logits[i], *rest)[1],
              "copy": lambda i: target.copy_(logits[i])}
-    _, want = acceptance.score_nodes_reference(logits[0].double(), *rest)
+    _, want = plain_scoring(logits[0].double(), *rest)
     return {"temperature": temperature} | microseconds(calls, copies, want, 1e-4)
 
 
 @torch.no_grad()
 def main():
-    argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser("python -m kernels.bench", argparse.SUPPRESS, __doc__.splitlines()[0]).parse_args()
     if not torch.cuda.is_available():
         print("error: this needs an NVIDIA GPU; without one: python -m pytest tests/test_kernels.py", file=sys.stderr)
         sys.exit(2)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64                          # flex_attention compiles once per shape
-    questions = {"tree attention": (attention(32, G, N, S) for G in (8, 32) for N in (1, 16, 60)
-                                    for S in (512, 4096, 32768)),
-                 "scoring 60 nodes x 128,256 logits": (scoring(temperature) for temperature in (0.0, 1.0))}
+    questions = {"tree attention": [attention(32, G, N, S) for G in (8, 32) for N in (1, 16, 60)
+                                    for S in (512, 4096, 32768)],
+                 "scoring 60 nodes x 128,256 logits": [scoring(temperature) for temperature in (0.0, 1.0)]}
     for question, rows in questions.items():
-        rows = questions[question] = list(rows)
         print(f"\nmicroseconds: {question}, bf16\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         for row in rows:
             print("|", " | ".join(f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()), "|")

@@ -4,20 +4,24 @@ Decoding one token runs hundreds of kernels that each last about as long as it t
 are faster, whatever they do. Every kernel reads its input once and computes in float32."""
 import torch
 
-from kernels import next_power_of_2, tl, triton, use_triton
+from kernels import tl, triton, use_triton
 
 
 def add_rms_norm(x, delta, weight, eps):
-    """Residual addition and RMSNorm of the sum.
-
-    x [..., C]; delta [..., C] or None; weight [C]. Returns (x + delta, norm(x + delta) * weight), both in x's dtype."""
-    run = add_rms_norm_triton if use_triton(x) else add_rms_norm_reference
-    return run(x, delta, weight, eps)
-
-
-def add_rms_norm_reference(x, delta, weight, eps):
-    x = x if delta is None else x + delta
-    return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    """x, delta (or None) [..., C], weight [C] -> the sum x + delta and its RMSNorm times weight, both in x's dtype."""
+    if not use_triton(x):
+        x = x if delta is None else x + delta
+        return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    C = x.shape[-1]
+    rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
+    added = None if delta is None else delta.reshape(rows.shape)
+    out, total = x.new_empty(x.shape), x.new_empty(x.shape) if delta is not None else x
+    BLOCK = triton.next_power_of_2(C)
+    _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
+        rows, added, weight, None if delta is None else total, out,
+        *rows.stride()[:2], *((0, 0) if delta is None else added.stride()[:2]), rows.shape[1], eps,
+        C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+    return total, out
 
 
 @triton.jit
@@ -36,32 +40,18 @@ def _add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_outer
     tl.store(out_ptr + row * C + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-def add_rms_norm_triton(x, delta, weight, eps):
-    C = x.shape[-1]
-    rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
-    added = None if delta is None else delta.reshape(rows.shape)
-    total = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BLOCK = next_power_of_2(C)
-    _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
-        rows, added, weight, None if delta is None else total, out,
-        *rows.stride()[:2], *((0, 0) if delta is None else added.stride()[:2]), rows.shape[1], eps,
-        C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
-    return total, out
-
-
 def rotate(x, cos, sin):
-    """Rotary positions, half-split form: x * cos + [-x2, x1] * sin.
-
-    x [B, N, H, D]; cos, sin [B, N, D/2] float32. Returns x's dtype."""
-    run = rotate_triton if use_triton(x) else rotate_reference
-    return run(x, cos, sin)
-
-
-def rotate_reference(x, cos, sin):
-    cos, sin = cos[:, :, None], sin[:, :, None]                                       # [B, N, 1, D/2]
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    """Rotary, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32 -> x * cos + [-x2, x1] * sin, x's dtype."""
+    if not use_triton(x):
+        cos, sin = cos[:, :, None], sin[:, :, None]                                   # [B, N, 1, D/2]
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    (B, N, H, D), out = x.shape, x.new_empty(x.shape)
+    HEADS = min(8, triton.next_power_of_2(H))
+    _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
+        x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
+        HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
+    return out
 
 
 @triton.jit
@@ -80,25 +70,16 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
     tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def rotate_triton(x, cos, sin):
-    B, N, H, D = x.shape
-    out = torch.empty(B, N, H, D, dtype=x.dtype, device=x.device)
-    HEADS = min(8, next_power_of_2(H))
-    _rotate_kernel[(B * N, -(-H // HEADS))](
-        x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
-        HALF=D // 2, BLOCK=next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
-    return out
-
-
 def silu_mul(gate_up):
     """SwiGLU's element-wise part: gate_up [..., 2F] -> silu(gate) * up [..., F]."""
-    run = silu_mul_triton if use_triton(gate_up) else silu_mul_reference
-    return run(gate_up)
-
-
-def silu_mul_reference(gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    if not use_triton(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    F = gate_up.shape[-1] // 2
+    rows, out = gate_up.reshape(-1, 2 * F), gate_up.new_empty(*gate_up.shape[:-1], F)
+    BLOCK = min(1024, triton.next_power_of_2(F))
+    _silu_mul_kernel[(len(rows), triton.cdiv(F, BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
+    return out
 
 
 @triton.jit
@@ -108,12 +89,3 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, F, BLOCK: tl.constexpr):
     gate = tl.load(gate_up_ptr + row * row_stride + f, mask=f < F, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * row_stride + F + f, mask=f < F, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * F + f, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=f < F)
-
-
-def silu_mul_triton(gate_up):
-    F = gate_up.shape[-1] // 2
-    rows = gate_up.reshape(-1, 2 * F)
-    out = torch.empty(*gate_up.shape[:-1], F, dtype=gate_up.dtype, device=gate_up.device)
-    BLOCK = min(1024, next_power_of_2(F))
-    _silu_mul_kernel[(len(rows), -(-F // BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
-    return out

@@ -3,8 +3,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are made orthogonal (Jordan et al., 2024). (torch.optim.Muon iterates in bfloat16,
-    which crawls on a CPU.)"""
+    """Momentum, its updates made orthogonal (Jordan et al., 2024). torch.optim.Muon's bfloat16 crawls on a CPU."""
 
     def __init__(self, params, lr=0.02, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))

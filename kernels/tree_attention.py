@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from kernels import next_power_of_2, processors, tl, triton, use_triton
+from kernels import tl, triton, use_triton
 
 
 def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
@@ -28,35 +28,27 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     length   [B] int64       tree b sees cache positions 0 .. length[b]-1; may be 0
     sequence [B] int64       the cache row of tree b; None: row b. Several trees may share a row.
     Returns  [B, H, N, D] in q's dtype; softmax(q k / sqrt(D)) v, accumulated in float32."""
-    run = tree_attention_triton if use_triton(q) else tree_attention_reference
-    return run(q, k, v, mask, k_cache, v_cache, length, sequence)
-
-
-def tree_attention_reference(q, k, v, mask, k_cache, v_cache, length, sequence=None):
-    """One softmax over [prefix, tree], as a student would write it."""
+    if use_triton(q):
+        return tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence)
+    # One softmax over [prefix, tree], as a student would write it.
     (B, H, N, D), G = q.shape, k.shape[1]
     S = int(length.max())                                                            # a sync: fine on CPU
-    k_prefix, v_prefix = k_cache[:, :, :S], v_cache[:, :, :S]                         # [C, G, S, D]
-    if sequence is not None:
-        k_prefix, v_prefix = k_prefix[sequence], v_prefix[sequence]                   # [B, G, S, D]
-    keys = torch.cat([k_prefix, k], dim=2)                                            # [B, G, S+M, D]
-    values = torch.cat([v_prefix, v], dim=2)
+    own = slice(None) if sequence is None else sequence                               # each tree's row of the cache
+    keys = torch.cat([k_cache[own, :, :S], k], dim=2)                                 # [B, G, S+M, D]
+    values = torch.cat([v_cache[own, :, :S], v], dim=2)
     visible = torch.arange(S, device=q.device) < length[:, None]                      # [B, S]
     visible = torch.cat([visible[:, None].expand(B, N, S), mask], dim=2)              # [B, N, S+M]
     # The H/G query heads that share a key head become extra rows of it: no copy of the keys.
     rows = q.reshape(B, G, H // G * N, D)
     bias = visible[:, None].expand(B, H // G, N, -1).reshape(B, 1, H // G * N, -1)
-    out = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias)
-    return out.view(B, H, N, D)
+    return torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias).view(B, H, N, D)
 
 
 @triton.jit
 def _attend(q, k, v, visible, scale, top, total, acc):
     """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction.
-    "ieee" concerns float32 only, whose products would else be rounded to 10 bits (tf32): greedy decoding must be exact.
-    """
-    scores = tl.dot(q, k, input_precision="ieee") * scale
-    scores = tl.where(visible, scores, float("-inf"))
+    "ieee" concerns float32 only: greedy decoding must be exact, and tf32 would round its products to 10 bits."""
+    scores = tl.where(visible, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
@@ -65,13 +57,10 @@ def _attend(q, k, v, visible, scale, top, total, acc):
 
 
 @triton.jit
-def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, length_ptr, sequence_ptr, out_ptr, lse_ptr,
-    q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s, vc_c, vc_g, vc_s,
-    N, M, G, splits, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTIAL: tl.constexpr,
-):
+def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, length_ptr, sequence_ptr, out_ptr,
+                      lse_ptr, q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s,
+                      vc_c, vc_g, vc_s, N, M, G, splits, scale, GROUP: tl.constexpr, D: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL: tl.constexpr):
     row_blocks = tl.cdiv(N * GROUP, BLOCK_M)
     row_block = tl.program_id(0) % row_blocks              # fastest: programs that share keys run side by side
     split = tl.program_id(1)
@@ -118,8 +107,7 @@ def _attention_kernel(
         top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
-    H = G * GROUP
-    out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * H + head
+    out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * G * GROUP + head
     if PARTIAL:
         tl.store(lse_ptr + out_row, top + tl.log2(total), mask=valid)   # -inf for an empty split: weight 0
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -128,10 +116,8 @@ def _attention_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    part_ptr, lse_ptr, out_ptr, rows, splits,
-    D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):
+def _combine_kernel(part_ptr, lse_ptr, out_ptr, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr,
+                    ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)
     at = split.to(tl.int64)[:, None] * rows + row[None, :]                              # [SPLITS, ROWS]
@@ -146,38 +132,32 @@ def _combine_kernel(
              mask=(row < rows)[:, None] & (dims < D)[None, :])
 
 
-def block_shape(rows, dtype):
-    """(BLOCK_M, BLOCK_N, warps, stages) for `rows` = N * H / G rows per key head."""
-    if dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
-        return 16, 16, 4, 2
-    return min(max(16, next_power_of_2(rows)), 64), 64, 8 if rows > 32 else 4, 3
-
-
 def split_count(programs, capacity, device):
     """As few splits as fill the GPU: a split's partial output in float32 costs as much traffic as its keys do when
     rows and keys are equally many. Nor is a split worth its overhead below two blocks of keys."""
-    return max(1, min(processors(device) // programs, capacity // 128, 64))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return max(1, min(processors // programs, capacity // 128, 64))
 
 
 def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     (B, H, N, D), (G, M), S = q.shape, k.shape[1:3], k_cache.shape[2]
-    BLOCK_M, BLOCK_N, warps, stages = block_shape(N * H // G, q.dtype)
-    BLOCK_D = max(16, next_power_of_2(D))
-    programs = B * G * -(-N * H // G // BLOCK_M)
+    rows = N * H // G                                                                 # per key head
+    BLOCK_M, BLOCK_N, warps, stages = min(max(16, triton.next_power_of_2(rows)), 64), 64, 8 if rows > 32 else 4, 3
+    if q.dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
+        BLOCK_M, BLOCK_N, warps, stages = 16, 16, 4, 2
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    programs = B * G * triton.cdiv(rows, BLOCK_M)
     splits = split_count(programs, S, q.device)
     out = q.new_empty(B, N, H, D)
-    if splits == 1:
-        part, lse = out, None
-    else:
-        part = q.new_empty(splits, B, N, H, D, dtype=torch.float32)
-        lse = q.new_empty(splits, B, N, H, dtype=torch.float32)
+    part = q.new_empty(splits, B, N, H, D, dtype=torch.float32) if splits > 1 else out
+    lse = q.new_empty(splits, B, N, H, dtype=torch.float32) if splits > 1 else None
     _attention_kernel[(programs, splits)](
         q, k, v, mask, k_cache, v_cache, length, sequence, part, lse, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], N, M, G, splits,
         math.log2(math.e) / math.sqrt(D), GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
         PARTIAL=splits > 1, num_warps=warps, num_stages=stages)
     if splits > 1:
-        ROWS = max(1, 32 // next_power_of_2(splits))
-        _combine_kernel[(-(-B * N * H // ROWS),)](
-            part, lse, out, B * N * H, splits, D=D, SPLITS=next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
+        ROWS = max(1, 32 // triton.next_power_of_2(splits))
+        _combine_kernel[(triton.cdiv(B * N * H, ROWS),)](
+            part, lse, out, B * N * H, splits, D=D, SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
     return out.transpose(1, 2)

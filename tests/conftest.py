@@ -1,5 +1,6 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gto  # noqa: E402, F401  first: thread settings that torch reads when it is imported
 import torch  # noqa: E402
+
+ON_DEMAND = {"exercise": "an exercise for students: it fails until somebody has done it, see its file's docstring",
+             "soak": "takes long"}
+
+
+def pytest_configure(config):
+    for mark, meaning in ON_DEMAND.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}; deselected unless -m names it")
+
+
+def pytest_collection_modifyitems(config, items):
+    unnamed = ON_DEMAND.keys() - set(re.findall(r"\w+", config.option.markexpr))
+    left_out = [item for item in items if any(map(item.get_closest_marker, unnamed))]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def mend_loop_bounds():

@@ -14,7 +14,7 @@ from gto.engine import Engine
 from gto.evaluate import fixed_text, tau, timed
 from gto.model import Prefix
 from gto.rollout import target_forward
-from gto.show import path_log_prob
+from gto.page import path_log_prob
 from gto.tree import TreeShape, draft_candidates
 from gto.util import UserError, append_log
 from gto.verify import Sampling
@@ -112,8 +112,8 @@ def out(tmp_path_factory):
     """A folder as train.py --stage draft leaves it, of random models."""
     target, head = tiny_models(seed=5, vocab=257)
     out = write_run(tmp_path_factory.mktemp("ablate"), [[f"def f{i}(x):"] for i in range(8)], target, draft=head)
-    config = Config(tree="3,3,6", length=32, groups=2, group_size=4, unroll=2, eval_prompts=4, eval_tokens=12,
-                    gto_batch=1, head_batch=1, gto_steps=9, head_steps=4)
+    config = Config(tree="3,3,6", length=32, prompt_length=8, groups=2, group_size=4, unroll=2, eval_prompts=4,
+                    eval_tokens=12, gto_batch=1, head_batch=1, gto_steps=9, head_steps=4)
     (out / "config.json").write_text(json.dumps(asdict(config)))
     checkpoint.save(out / "text.pt", kind="text", tokens=torch.randint(257, (8, 32)), supervised=torch.ones(8, 32) > 0)
     return out

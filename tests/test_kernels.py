@@ -1,4 +1,4 @@
-"""Every kernel against its plain reference: in Triton's interpreter on a CPU, natively on a GPU.
+"""Every kernel against plain PyTorch: in Triton's interpreter on a CPU, natively on a GPU.
 
 The interpreter gets bf16 silently wrong, so bf16 is tested on a GPU only. It also takes about 0.1 ms for every
 operation of every program: sizes are odd rather than large.
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from kernels import acceptance, fused, tree_attention
-from kernels.acceptance import score_nodes_reference, score_nodes_triton
-from kernels.tree_attention import tree_attention_reference, tree_attention_triton
+from kernels.acceptance import score_nodes_triton
+from kernels.tree_attention import tree_attention_triton
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # an empty split's weight
@@ -22,6 +22,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE) if CUDA else [torch.float32, torch.float16]
+# With gradients on the public functions are plain PyTorch, on a GPU too.
+plain_attention, plain_scoring, plain_norm, plain_rotate, plain_silu_mul = map(torch.enable_grad(), (
+    tree_attention.tree_attention, acceptance.score_nodes, fused.add_rms_norm, fused.rotate, fused.silu_mul))
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 
@@ -72,7 +75,7 @@ def float64(arguments):
 
 
 def assert_attention(arguments, tolerance=None):
-    got, want = tree_attention_triton(*arguments), tree_attention_reference(*float64(arguments))
+    got, want = tree_attention_triton(*arguments), plain_attention(*float64(arguments))
     dtype = arguments[0].dtype
     assert got.dtype == dtype and got.shape == want.shape
     assert_close(got, want, tolerance or TOLERANCE[dtype])
@@ -165,7 +168,7 @@ def test_score_nodes(chunk, temperature, dtype, monkeypatch):
     monkeypatch.setattr(acceptance, "CHUNK", chunk)
     logits, tokens, parents, uniform = scoring_inputs(2, 7, 500, masked=130, dtype=dtype)
     choice, log_prob = score_nodes_triton(logits, tokens, parents, temperature, uniform)
-    want, want_log_prob = score_nodes_reference(logits.double(), tokens, parents, temperature, uniform)
+    want, want_log_prob = plain_scoring(logits.double(), tokens, parents, temperature, uniform)
     assert_close(log_prob, want_log_prob, 1e-5)
     assert torch.equal(log_prob[:, 0], torch.zeros(2, device=DEVICE))
     if temperature == 0:
@@ -177,7 +180,7 @@ def test_score_nodes(chunk, temperature, dtype, monkeypatch):
     parents = parents.clamp(max=4)                                 # nodes 5 and 6 are leaves: without rows of their own
     few, uniform = logits[:, :5], uniform[:, :5]
     _, log_prob = score_nodes_triton(few, tokens, parents, temperature, uniform)
-    assert_close(log_prob, score_nodes_reference(few.double(), tokens, parents, temperature, uniform)[1], 1e-5)
+    assert_close(log_prob, plain_scoring(few.double(), tokens, parents, temperature, uniform)[1], 1e-5)
 
 
 def assert_inverse_cdf(logits, temperature, uniform, choice):
@@ -189,7 +192,7 @@ def assert_inverse_cdf(logits, temperature, uniform, choice):
     assert (uniform <= after + 1e-6).all() and (uniform >= after - share - 1e-6).all()
 
 
-@pytest.mark.parametrize("score", [score_nodes_reference, score_nodes_triton])
+@pytest.mark.parametrize("score", [plain_scoring, score_nodes_triton])
 def test_sampling_is_exact(score, monkeypatch):
     """Sixteen evenly spaced uniforms find every token exactly as often as its probability, in sixteenths, says."""
     monkeypatch.setattr(acceptance, "CHUNK", 4)
@@ -200,7 +203,7 @@ def test_sampling_is_exact(score, monkeypatch):
     assert choice[0].bincount(minlength=14).tolist() == sixteenths.tolist()
 
 
-@pytest.mark.parametrize("score", [score_nodes_reference, score_nodes_triton])
+@pytest.mark.parametrize("score", [plain_scoring, score_nodes_triton])
 def test_no_masked_token_is_drawn_and_of_a_tie_the_lowest_is_chosen(score, monkeypatch):
     monkeypatch.setattr(acceptance, "CHUNK", 128)
     logits = randn(1, 9, 500, scale=3.0)
@@ -224,26 +227,32 @@ def test_score_nodes_offsets_beyond_int32():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.fixture
+def fused_by_kernel(monkeypatch):
+    """As on a GPU: without gradients the kernels do the work."""
+    monkeypatch.setattr(fused, "use_triton", lambda x: not torch.is_grad_enabled())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", [20, 128, 500])
-def test_add_rms_norm(C, dtype):
+def test_add_rms_norm(C, dtype, fused_by_kernel):
     x, delta, weight = randn(2, 3, C, dtype=dtype), randn(2, 3, C, dtype=dtype), randn(C, dtype=dtype)
     part = randn(2, 3, 9, C, dtype=dtype)[:, :, 2:7]                   # of a joint projection
     for arguments in (x, delta, weight, 1e-5), (x, None, weight, 1e-5), (part, None, weight, 1e-5):
-        total, normed = fused.add_rms_norm_triton(*arguments)
-        want, want_normed = fused.add_rms_norm_reference(*arguments)
+        total, normed = fused.add_rms_norm(*arguments)
+        want, want_normed = plain_norm(*arguments)
         assert torch.equal(total, want) and normed.dtype == dtype
         assert_close(normed, want_normed, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, D, F", [(3, 20, 20), (11, 64, 1500)])
-def test_rotate_and_silu_mul(heads, D, F, dtype):
+def test_rotate_and_silu_mul(heads, D, F, dtype, fused_by_kernel):
     x = randn(2, 3, heads + 2, D, dtype=dtype)[:, :, :heads]
     angles, gate_up = randn(2, 3, D // 2, scale=10.0), randn(2, 3, 2 * F, dtype=dtype)
-    assert_close(fused.rotate_triton(x, angles.cos(), angles.sin()),
-                 fused.rotate_reference(x, angles.cos(), angles.sin()), TOLERANCE[dtype])
-    assert_close(fused.silu_mul_triton(gate_up), fused.silu_mul_reference(gate_up.double()), TOLERANCE[dtype])
+    assert_close(fused.rotate(x, angles.cos(), angles.sin()),
+                 plain_rotate(x, angles.cos(), angles.sin()), TOLERANCE[dtype])
+    assert_close(fused.silu_mul(gate_up), plain_silu_mul(gate_up.double()), TOLERANCE[dtype])
 
 
 def test_references_work_without_triton():

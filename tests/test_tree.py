@@ -4,7 +4,6 @@ import torch
 
 from gto.engine import Engine
 from gto.tree import TreeShape, ancestor_mask, rerank
-from gto.util import UserError
 from tests.tiny import tiny_models, tiny_prompts
 
 SHAPES = [TreeShape(1, 4, 4), TreeShape(3, 1, 2), TreeShape(2, 4, 9), TreeShape(4, 3, 20), TreeShape(4, 3, 36)]
@@ -97,9 +96,3 @@ def test_ties_never_orphan_a_node():
     tree = rerank(root, tokens, parents, torch.zeros(1, 14), shape)
     assert tree.tokens[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert tree.parents[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
-
-
-@pytest.mark.parametrize("text", ["8,5", "a,b,c", "2,1,3", "0,3,1", "2,3,0", "1,5,6"])
-def test_impossible_trees_are_refused(text):
-    with pytest.raises(UserError, match="tree"):
-        TreeShape.parse(text)

@@ -8,7 +8,6 @@ import torch
 
 from gto.engine import Engine
 from gto.tree import Tree, TreeShape
-from gto.util import UserError
 from gto.verify import Sampling, accept, warp
 from tests.test_kernels import random_trees
 from tests.tiny import tiny_models
@@ -117,9 +116,3 @@ def test_warp_by_hand():
     assert kept(Sampling(1.0, top_p=p[1].item() - 1e-3)) == [False, True, False, False]
     assert kept(Sampling(1.0, top_p=p[1].item() + 1e-3)) == [False, True, False, True]
     assert kept(Sampling(1.0, top_p=0.96)) == [False, True, True, True]
-
-
-@pytest.mark.parametrize("arguments", [(-1.0,), (1.0, -2), (1.0, 0, 0.0), (1.0, 0, 1.5)])
-def test_impossible_sampling_is_refused(arguments):
-    with pytest.raises(UserError):
-        Sampling(*arguments)

@@ -15,9 +15,10 @@ from gto.checkpoint import load_encoding, load_head, load_target, run_folder
 from gto.data import read_prompts
 from gto.engine import Engine, cut
 from gto.evaluate import speeds
+from gto.page import watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, main_guard, one_thread_if_small, ranks, start, table
+from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, ranks, start, table
 from gto.verify import Sampling
 
 
@@ -34,7 +35,9 @@ def load(arguments):
         name, _, file = text.partition("=")
         head = load_head(file or name, target, dtype)
         for tree in arguments.tree or (TreeShape(2, 4, 8), TreeShape(8, 5, 24)):
-            methods[f"{name}, tree {tree}"] = partial(Engine, target, head, tree)
+            if (method := f"{name}, tree {tree}") in methods:
+                raise UserError(f"--head {method} is there twice: write NAME=PATH")
+            methods[method] = partial(Engine, target, head, tree)
     return target, methods, encoding, read_prompts(arguments.prompts or out / "prompts.jsonl", arguments.limit or None)
 
 
@@ -58,8 +61,7 @@ def answer_everything(methods, questions, new_tokens, stop, encoding, template=N
         room = max(map(len, new)) + new_tokens
         engines = {name: make(capacity=room) for name, make in methods.items()}
         if room > (most := engines["ar"].target.config.max_len):
-            raise UserError(f"a conversation may take {room} tokens, the target's context holds {most}: lower"
-                            " --max-new-tokens, or leave long questions out")
+            raise UserError(f"a conversation may take {room} tokens, the context holds {most}: lower --max-new-tokens")
         for name, decoded in speeds(engines, new, new_tokens, stop, desc=f"turn {turn + 1}").items():
             results[name] += decoded
         for (question, texts), decoded in zip(asked, results["ar"][len(prompts):]):
@@ -108,12 +110,15 @@ def benchmark(target, methods, encoding, questions, arguments):
         prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, template)
         answers = {name: [cut(each.tokens[:new_tokens], stop) for each in runs] for name, runs in results.items()}
         for name in methods:
-            row = {"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])}
+            rows.append({"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])})
             if T == 0:
                 found = divergences(target, prompts, answers[name], answers["ar"])
-                row["equal"] = len(prompts) - len(found)
+                rows[-1]["equal"] = len(prompts) - len(found)
                 apart += [{"method": name, **place} for place in found]
-            rows.append(row)
+    if arguments.report:
+        engine = makers[name](capacity=len(prompts[0]) + new_tokens)
+        decode = watch(engine, prompts[0], encoding, new_tokens, stop)
+        write_page(arguments.report, f"Side by side, and a decode by {name}", decode, rows=rows)
     return {"rows": rows, "divergences": apart}
 
 
@@ -121,22 +126,20 @@ def main(argv=None):
     parser = argument_parser("python -m gto.bench", __doc__)
     parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
     parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
-    parser.add_argument("--head", action="append", metavar="[NAME=]PATH",
-                        help="repeatable (default: control.pt and gto.pt in --out-dir)")
+    parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
     parser.add_argument("--tree", action="append", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes;"
                         " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
     parser.add_argument("--tokenizer", help="default: the one in the target's folder")
     parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
-    parser.add_argument("--limit", type=int, default=16, help="questions; 0: all of them (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="per answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--limit", type=at_least(0), default=16, help="questions; 0: all of them (default: 16)")
+    parser.add_argument("--max-new-tokens", type=at_least(2), default=128, help="per answer (default: 128)")
+    parser.add_argument("--temperature", type=at_least(0, float), nargs="+", default=[0.0, 1.0])
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report", metavar="FILE.html", help="a page with figures, and a decode")
     parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
     arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 2 or arguments.limit < 0:
-        raise UserError("--max-new-tokens must be at least 2, --limit at least 0 (0: all)")
     start("cuda" if arguments.shape else arguments.device)
     if arguments.shape:
         report = roofline.report(arguments.shape, arguments.tree or (TreeShape(10, 8, 59), TreeShape(1, 7, 7)))

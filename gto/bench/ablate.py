@@ -3,9 +3,8 @@
     python -m gto.bench.ablate                          the head in out, everything
     python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
 
-GTO trains for `steps` steps, what drafts no trees for as long as that took. A finished run is a line of results.jsonl
-in out/<name> and is not run again; table.md shows what is there so far. All heads draft along the same texts, each with
-the score temperature that is best for it on other held-out prompts."""
+GTO trains for `steps` steps, what drafts no trees as long as that took. Finished runs are lines of results.jsonl, not
+run again; table.md shows all. Heads draft along the same texts, each at the score temperature best on other prompts."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +14,13 @@ import torch
 
 from gto import checkpoint
 from gto.bench.ceilings import ceilings
+from gto.config import check
 from gto.data import PROMPT, read_prompts
 from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
 from gto.loss import OBJECTIVES
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape
-from gto.util import append_log, argument_parser, main_guard, start, table, write_text
+from gto.util import UserError, append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
@@ -33,8 +33,7 @@ TABLES = {
                    "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
     "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
-    "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}},
-}
+    "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
 
 
@@ -46,17 +45,18 @@ class Ablation:
         start(arguments.device)
         out, dtype = Path(arguments.out_dir), None if arguments.device == "cpu" else torch.bfloat16
         config, self.folder = checkpoint.load_config(out), out / arguments.name
-        self.config = config = replace(config, tree=arguments.tree or config.tree, objective="gto",
-                                       gto_steps=arguments.steps or config.gto_steps)
+        if self.folder.resolve().parent != out.resolve():
+            raise UserError(f"--name {arguments.name}: must be the name of a folder in {out}")
+        self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objective="gto",
+                                             gto_steps=arguments.steps or config.gto_steps))
         self.shape = TreeShape.parse(config.tree)
         self.target = checkpoint.load_target(out / "target.pt", arguments.device, dtype)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)
-        texts = checkpoint.read(out / "text.pt", "text")
-        self.texts = Texts(texts["tokens"], texts["supervised"], [])
-        checkpoint.remember_config(self.folder, config)
-
+        self.texts = Texts(*checkpoint.load_texts(out / "text.pt", self.target), [])
         held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
         encoding = checkpoint.load_encoding(out)
+        checkpoint.remember_config(self.folder, config)           # from here on nothing can be wrong
+
         prompts = [encoding.encode_ordinary(turns[0])[:PROMPT] for turns in held_out]
         others, prompts = prompts[::3], [prompt for i, prompt in enumerate(prompts) if i % 3]
         self.test = {T: fixed_text(self.target, prompts, config.eval_tokens, T, self.shape.depth) for T in SCORE_TEMPS}
@@ -76,9 +76,8 @@ class Ablation:
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
         if objective is not OBJECTIVES["gto"]:    # its trees are dear: others take more sequences a step, more steps
             stage = stage._replace(batch=config.head_batch)
-            _, seconds = run(stage._replace(name="trial", steps=TRIAL))
-            steps = read_results(self.folder)["gto"][seed]["seconds"] / seconds * TRIAL
-            stage = stage._replace(steps=max(1, round(steps)))
+            pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
+            stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
         head, seconds = run(stage)
         self.record(head, run=name, seed=seed, steps=stage.steps, seconds=seconds)
 
@@ -102,18 +101,18 @@ class Ablation:
                 rows[-1] |= {f"tau, {T}": mean(mean(run[T]["tau"]) for run in runs),
                              f"over control, {T}": over_control(results, name, T)}
         limits = [results["draft"][0][T]["ceilings"] for T in ("T=0", "T=1")]
-        text = ("The phase-I head's tau and what it could be at most, on the prompts that choose score temperatures; by"
-                " rank among a draft's candidates what their scores promise / what is accepted.\n\n"
-                f"{table(limits)}\n\ntau with tree {self.shape}; differences paired by prompt and seed, ± standard"
-                f" error over both.\n\n{table(rows)}\n")
+        text = ("Phase I's tau and ceilings, on the prompts that choose score temperatures; by rank of candidates"
+                f" what their scores promise / what is accepted.\n\n{table(limits)}\n\ntau with tree {self.shape};"
+                f" differences paired by prompt and seed, ± standard error over both.\n\n{table(rows)}\n")
         write_text(self.folder / "table.md", text)
 
 
 def read_results(folder):
     """{run: [a record per finished seed, in order]}; "draft" is the phase-I head."""
-    results = {}
-    for record in map(json.loads, (folder / "results.jsonl").read_text().splitlines()):
-        results.setdefault(record["run"], []).append(record)
+    results, path = {}, folder / "results.jsonl"
+    with reading(path):
+        for record in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+            results.setdefault(record["run"], []).append(record)
     return results
 
 
@@ -134,19 +133,19 @@ def main(argv=None):
     parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
                         help="tables and runs: %(choices)s")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of a run of GTO; default: the config's")
-    parser.add_argument("--tree", help="children,depth,nodes of training and evaluation; default: the config's")
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(1), help="of a run of GTO; default: the config's")
+    parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
+    results = read_results(Path(arguments.out_dir, arguments.name))
     ablation = Ablation(arguments)
-    if not (ablation.folder / "results.jsonl").exists():
+    if not results:
         ablation.record(ablation.head, run="draft", steps=0, seconds=0.0)
     # A table's name stands for its runs; gto, which sets the time, and control are always run.
     names = {name for item in arguments.only for name in TABLES.get(item, [item])}
     names |= {"gto", "control"} if names else set()
-    results = read_results(ablation.folder)
     for seed in range(arguments.seeds):                               # wherever it stops, seeds can be compared
         for name in RECIPES:
             if name in names and seed >= len(results.get(name, ())):

@@ -4,14 +4,13 @@ from torch.nn import functional as F
 
 from gto.evaluate import replay_text, tau
 from gto.model import Prefix
-from gto.show import path_log_prob
+from gto.page import path_log_prob
 from gto.tree import draft_candidates, draft_tree, rerank
 
 
 class TargetAsHead:
-    """The target in the draft head's place: drafts with its own distribution. For `draft_tree`.
-    Its "hidden states" are logits; its "keys and values" of the nodes drafted so far are these nodes themselves, which
-    every further level runs again."""
+    """The target in the draft head's place, for `draft_tree`: drafts with its own distribution. Its "hidden states" are
+    logits, its "keys and values" the nodes drafted so far themselves, which every further level runs again."""
 
     def __init__(self, target):
         self.target = target
@@ -33,8 +32,7 @@ class TargetAsHead:
 def ceilings(target, head, fixed, shape, score_temp, temperature):
     """A row of a table: the head's mean tau; what it were if of all its candidates those were kept that the target,
     decoding at `temperature`, likes best; and if the target drafted for itself (at T=0 that is depth + 1, or near it).
-    Then the calibration, over all cycles by rank among a draft's candidates: what their scores promise, mean
-    exp(score), and what the target accepts of them, mean probability: {"rank 5..8": "0.075 / 0.031"}."""
+    Then, by rank of candidates, mean exp(score) / mean probability of acceptance: {"rank 5..8": "0.075 / 0.031"}."""
     text, drafter, promised, accepted = fixed.text, TargetAsHead(target), [], []
     hidden, kv = head.read(text.features, text.tokens)
 
@@ -55,6 +53,5 @@ def ceilings(target, head, fixed, shape, score_temp, temperature):
            "its candidates, ranked by the target": replay_text(fixed, ranked_by_target).mean().item(),
            "the target drafts for itself": replay_text(fixed, drafted_by_target).mean().item()}
     said, true = torch.cat(promised).mean(0), torch.cat(accepted).mean(0)             # [C]
-    last = (0, 1, 2, 4, 8, 16, 32, 64)
-    return row | {f"rank {a + 1}..{b}": f"{said[a:b].mean():.3f} / {true[a:b].mean():.3f}"
-                  for a, b in zip(last, last[1:]) if b <= len(said)}
+    return row | {f"rank {b // 2 + 1}..{b}": f"{said[b // 2:b].mean():.3f} / {true[b // 2:b].mean():.3f}"
+                  for b in (1, 2, 4, 8, 16, 32, 64) if b <= len(said)}

@@ -1,5 +1,4 @@
-"""How far a draft-verify cycle is from the hardware's limit, at the shapes of real targets. The weights are random: a
-cycle's cost does not depend on them."""
+"""How far a draft-verify cycle is from the hardware's limit, at real targets' shapes; random weights cost the same."""
 import torch
 
 from gto.engine import Engine

@@ -1,8 +1,7 @@
 """Learning to Draft on this machine: measure, record, learn, and a table beside every simpler way to choose.
 
     python -m gto.ltd                        leaves out/policy-draft.pt, out/policy-gto.pt and the table out/ltd.md
-    python decode.py --prompt "import os" --adaptive
-"""
+    python decode.py --prompt "import os" --adaptive"""
 from pathlib import Path
 
 import torch
@@ -80,9 +79,9 @@ def main():
     one_thread_if_small(target)
     prompts = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
     held_out, rows, new_tokens = corpus.prompt_ids(max(LIVE.values())), [], config.eval_tokens
-    for name in ("draft", "gto"):
+    heads = {name: load_head(out / f"{name}.pt", target, dtype) for name in ("draft", "gto")}
+    for name, head in heads.items():
         torch.manual_seed(config.seed)
-        head = load_head(out / f"{name}.pt", target, dtype)
         policies = make_policies(target, head, prompts, new_tokens, policy_path(out / f"{name}.pt"))
         rows += compare(target, head, policies, TreeShape.parse(config.tree), held_out, new_tokens, name)
     write_text(out / "ltd.md", table(rows) + "\n")

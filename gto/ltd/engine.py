@@ -15,8 +15,8 @@ class AdaptiveEngine(Engine):
     """Decodes one sequence. policy: one of gto.ltd.policy; its space says which trees there are."""
     queue_ahead = False    # what a cycle does depends on what it finds
 
-    def __init__(self, target, head, policy, sampling=None, capacity=None, score_temp=None):
-        super().__init__(target, head, policy.space.shape, sampling, 1, capacity, score_temp)
+    def __init__(self, target, head, policy, sampling=None, capacity=None):
+        super().__init__(target, head, policy.space.shape, sampling, capacity=capacity)
         if self.device.type == "cuda":
             self.capture_graphs(policy.space)
         self.policy = policy

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gto.checkpoint import read, save
 from gto.tree import TreeShape
-from gto.util import UserError
+from gto.util import UserError, reading
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,10 @@ def save_policy(path, policy):
 def load_policy(path, shape=None):
     """On the CPU, where it is asked. UserError if the file holds no policy, or one for another tree than `shape`."""
     contents = read(path, "policy")
-    try:
+    with reading(path):
         space = Space(**contents["space"])
         policy = {"Rule": Rule, "Learned": Learned}[contents["name"]](space, *contents["arguments"])
         policy.load_state_dict(contents["model"])
-    except (KeyError, TypeError, RuntimeError):
-        raise UserError(f"{path} is of another version: learn again with python -m gto.ltd") from None
     if shape not in (None, space.shape):
         raise UserError(f"{path} was learned for trees {space.shape}, not {shape}: leave the tree out, or learn again")
     return policy.requires_grad_(False)

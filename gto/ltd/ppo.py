@@ -1,8 +1,7 @@
 """Learning both policies from a recording by proximal policy optimisation (PPO, Schulman et al., arXiv 1707.06347).
 
-An episode is one cycle. Its reward, undiscounted, is its tokens minus what its time is worth at `rate` tokens a second:
-if that is the best possible speed, the best policy's mean is 0 and every other's below. (The paper's reward, each
-cycle's own throughput, weighs a short cycle as much as a long one.)"""
+An episode is a cycle, its reward its tokens minus what its time is worth at `rate` tokens a second: at the best speed
+the best policy's mean is 0, others' below. (The paper's, a cycle's throughput, weighs short cycles like long ones.)"""
 from functools import partial
 
 import torch

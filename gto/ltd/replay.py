@@ -1,11 +1,7 @@
 """Decode once, replay every decision: what any choice of depth and size would have brought and cost.
 
-At T=0 a text and all drafts along it are deterministic: one at *every* position says what any policy would decode. In
-these tables a level is an index: level 0 is the first."""
-import itertools
+At T=0 texts and drafts are deterministic: a draft at *every* position says what any policy would decode."""
 import time
-from collections import defaultdict
-from functools import partial
 from statistics import median
 from timeit import repeat
 from typing import NamedTuple
@@ -13,7 +9,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from gto.evaluate import accepted_length, fixed_text
+from gto.evaluate import accepted_path, fixed_text
 from gto.ltd.engine import AdaptiveEngine
 from gto.ltd.policy import Fixed, observe
 from gto.model import Prefix
@@ -23,7 +19,7 @@ from gto.util import synchronize
 
 class Recording(NamedTuple):
     positions: int              # roots in a text; R of them in all texts, text by text
-    observation: torch.Tensor   # [R, levels, width] what a policy sees after each level
+    observation: torch.Tensor   # [R, levels, width] what a policy sees after each level, the first of which is 0
     accepted: torch.Tensor      # [R, levels, sizes] accepted drafts, had one stopped there and verified so many
 
 
@@ -42,25 +38,9 @@ def record(target, head, prompts, positions, space):
             observation.append(observe(draft.scores, length, space))                  # [n, width]
             for nodes in (space.nodes(depth, size) for size in range(len(space.sizes))):
                 tree = rerank(root, *candidates(draft), TreeShape(space.top_k, depth, max(nodes, 1)))
-                accepted.append(accepted_length(fixed, rows, length, tree) * (nodes > 0))   # [n]
+                accepted.append(accepted_path(fixed, rows, length, tree)[1] * (nodes > 0))  # [n]
         texts.append((torch.stack(observation, dim=1), torch.stack(accepted, dim=1).unflatten(1, (space.depth, -1))))
     return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
-
-
-def clock(engine):
-    """From now on the engine keeps how long each part of a cycle takes that it runs. -> {key: [seconds]}."""
-    times, run = defaultdict(list), engine.run
-
-    def timed(key, part):
-        synchronize(engine.device)
-        began = time.perf_counter()
-        result = run(key, part)
-        synchronize(engine.device)
-        times[key].append(time.perf_counter() - began)
-        return result
-
-    engine.run = timed
-    return times
 
 
 @torch.inference_mode()                                                               # as in decoding
@@ -68,16 +48,25 @@ def measure(target, head, policy, prompts, new_tokens):
     """Time every part of a cycle while decoding with drafts of full depth, a prompt for each size in turn.
     Returns the seconds of a cycle by depth and size, twice [levels, sizes], added up from medians: with a fixed tree,
     and with `policy`, which has to look and to answer. A size that a draft cannot fill is charged as if it could."""
-    engine, space = AdaptiveEngine(target, head, policy), policy.space
-    times = clock(engine)
-    for size, prompt in zip(itertools.cycle(range(len(space.sizes))), prompts):
-        engine.policy = Fixed(space, space.depth, size)
+    engine, space, times = AdaptiveEngine(target, head, policy), policy.space, {}
+
+    def timed(key, part, run=engine.run):
+        synchronize(engine.device)
+        began = time.perf_counter()
+        result = run(key, part)
+        synchronize(engine.device)
+        times.setdefault(key, []).append(time.perf_counter() - began)
+        return result
+
+    engine.run = timed
+    for number, prompt in enumerate(prompts):
+        engine.policy = Fixed(space, space.depth, number % len(space.sizes))
         engine.complete([prompt], new_tokens)
     took, depths = {key: median(seconds) for key, seconds in times.items()}, range(1, space.depth + 1)
     draft, look = (torch.tensor([took[part, depth] for depth in depths]).cumsum(0) for part in ("draft", "observe"))
     verify = torch.tensor([took["verify", space.depth, nodes] for nodes in space.sizes])
     seen = torch.rand(1, policy.width)
-    stop, size = (median(repeat(partial(ask, seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
+    stop, size = (median(repeat(lambda: ask(seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
     return draft[:, None] + verify, (draft + look + stop * torch.tensor(depths) + size)[:, None] + verify
 
 

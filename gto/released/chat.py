@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from gto.data import read_text, read_turns
-from gto.released.files import locate, read_gguf, read_json, reading
+from gto.released.files import locate, read_gguf, read_json
 from gto.released.tokenizers import SentencePieceEncoding
 from gto.tokenizer import END_OF_TEXT_NAMES
-from gto.util import UserError, rank
+from gto.util import UserError, rank, reading
 
 MARK = "\ue000"                     # a character nobody uses, where a message's text would stand
 # By a special token, templates of models that bring none: Vicuna; Llama 3 as Meta gives it out.
@@ -36,11 +36,10 @@ def load(source, encoding):
     specials = encoding._special_tokens
     with reading(f"the chat template of {source}"):
         template, names = read_config(source)
-        for token, file in KNOWN.items():
-            if not template and token in specials:
-                template = read_text(Path(__file__).with_name(file))
-        if not template:
+        known = [file for token, file in KNOWN.items() if token in specials]
+        if not template and not known:
             raise ValueError("there is none, and the tokenizer is of no chat model")
+        template = template or read_text(Path(__file__).with_name(known[0]))
         chat = Chat(encoding, compile_template(template, names), "", "", set())
     question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}
     prompt = render(chat, [question], generate=True)
@@ -137,10 +136,9 @@ def encode_conversations(path, chat, length, room):
     found = []
     for number, line in enumerate(tqdm(read_text(path).split("\n"), "encode", disable=rank() > 0 or None), 1):
         for row in rows(chat, in_order(read_turns(line, f"{path}, line {number}"))) if line.strip() else ():
-            row = torch.tensor(row, dtype=torch.int32)            # [2, tokens]
-            row = pad(pad(row, (0, length - row.shape[1])), (0, room))                # the first may cut
+            row = pad(torch.tensor(row, dtype=torch.int32), (0, length - len(row[0])))  # [2, length], perhaps cut
             if (row[1, :-1] & row[1, 1:]).any():                  # room for a root and the token drafted behind it
-                found.append(row)
+                found.append(pad(row, (0, room)))
     if not found:
         raise UserError(f"{path} holds no answer of an assistant within its first {length} tokens: nothing to learn")
     tokens, supervised = torch.stack(found, dim=1)

@@ -1,25 +1,12 @@
-"""The files of a download, each by its own reader: JSON, weights as PyTorch's, safetensors or GGUF (llama.cpp's, with
-a model's numbers, tokenizer, chat template and weights, mostly quantised, all in one)."""
+"""The files of a download by their readers: JSON, PyTorch's, safetensors, GGUF (llama.cpp's, all of a model in one)."""
 import json
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from gto.util import UserError
-
-
-@contextmanager
-def reading(source):
-    """Whatever goes wrong inside, with what others wrote, as a UserError of one line that names the source."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UserError(f"{source} needs a package to be read: pip install {error.name.split('.')[0]}") from None
-    except Exception as error:                                    # each parser, and each template, has its own
-        raise UserError(f"{source} is missing, damaged, or of a kind not known here: {error!r:.200}") from None
+from gto.util import UserError, reading
 
 
 def read_json(path):
@@ -28,8 +15,7 @@ def read_json(path):
 
 
 def locate(source):
-    """The path of the GGUF file that `source` names, or None: any *.gguf, or the one in an installed package that the
-    name smollm2 stands for. UserError if that is not installed."""
+    """The GGUF file that `source` names, a *.gguf or "smollm2" (UserError if its package is not installed), or None."""
     if Path(source).suffix == ".gguf":
         return Path(source)
     if str(source) != "smollm2" or Path(source).exists():
@@ -42,8 +28,7 @@ def locate(source):
 
 @lru_cache(1)                                                     # target, tokenizer and template all come from one
 def read_gguf(path):
-    """The file's {key: contents} and its {tensor name: [tensor]}, each still mapped and quantised (see `dequantise`),
-    `shape` as in PyTorch."""
+    """{key: contents}, {tensor name: [tensor]}: each mapped and quantised (see `dequantise`), `shape` as PyTorch's."""
     with reading(path):
         from gguf import GGUFReader
         reader = GGUFReader(path, "c")                            # copy on write: PyTorch takes no read-only arrays

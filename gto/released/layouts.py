@@ -49,44 +49,36 @@ def pieces(config, layout, name, shape):
 def sizes(c):
     """What targets and heads have in common in Hugging Face's config.json."""
     heads = c["num_attention_heads"]
-    return {"vocab_size": c["vocab_size"], "dim": c["hidden_size"], "heads": heads,
-            "kv_heads": c.get("num_key_value_heads") or heads,
-            "head_dim": c.get("head_dim") or c["hidden_size"] // heads, "ffn_dim": c["intermediate_size"],
-            "max_len": c.get("max_position_embeddings", 2048), "norm_eps": c.get("rms_norm_eps", 1e-6)}
+    return dict(vocab_size=c["vocab_size"], dim=c["hidden_size"], heads=heads, ffn_dim=c["intermediate_size"],
+                kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+                max_len=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6))
 
 
 def hugging_face_config(c, tensors):
     """transformers 5 has one dictionary of rotary numbers, transformers 4 one and, if need be, another."""
-    kind = c["model_type"]
-    if kind not in ("llama", "qwen3"):
-        raise ValueError(f"targets of type '{kind}' are not supported, only llama and qwen3")
     rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {})}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling not in ("default", "none", "llama3"):
-        raise ValueError(f"rotary scaling of type '{scaling}' is not supported, only llama3")
+    kind, scaling = c["model_type"], rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("llama", "qwen3") or scaling not in ("default", "none", "llama3"):
+        raise ValueError(f"a '{kind}' with '{scaling}' scaling is not supported, only llama and qwen3 with llama3's")
     llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return ModelConfig(
-        **sizes(c), layers=c["num_hidden_layers"], rope_theta=rope["rope_theta"],
-        rope_scaling=tuple(rope[key] for key in llama3) if scaling == "llama3" else None,
-        tied=c.get("tie_word_embeddings", False), qk_norm=kind == "qwen3")
+    factors = tuple(rope[key] for key in llama3) if scaling == "llama3" else None
+    return ModelConfig(**sizes(c), layers=c["num_hidden_layers"], rope_theta=rope["rope_theta"], rope_scaling=factors,
+                       tied=c.get("tie_word_embeddings", False), qk_norm=kind == "qwen3")
 
 
 def gguf_config(metadata, tensors):
     """A GGUF file's numbers, by Hugging Face's names. Llama 3.1's rotary scaling is not among them, but a tensor."""
     kind = metadata["general.architecture"]
     c = {name: metadata[f"{kind}.{key}"] for key, name in GGUF_KEYS.items() if f"{kind}.{key}" in metadata}
-    return hugging_face_config(c | {
-        "model_type": kind, "vocab_size": tensors["token_embd.weight"][0].shape[0],
-        "rope_scaling": {"type": metadata.get(f"{kind}.rope.scaling.type", "none")},
-        "tie_word_embeddings": "output.weight" not in tensors}, tensors)
+    c |= {"model_type": kind, "vocab_size": tensors["token_embd.weight"][0].shape[0],
+          "rope_scaling": {"type": metadata.get(f"{kind}.rope.scaling.type", "none")}}
+    return hugging_face_config(c | {"tie_word_embeddings": "output.weight" not in tensors}, tensors)
 
 
 def meta_config(p, tensors):
-    """params.json leaves out what Meta's code knows: the width of the feed-forward layer is to be worked out, the
-    constants of the rotary scaling and the context length are not in it at all."""
+    """params.json lacks what Meta's code knows: feed-forward width, constants of the rotary scaling, context length."""
     width = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * p["dim"] / 3))
-    multiple = p.get("multiple_of", 256)
-    scaled = p.get("use_scaled_rope", False)
+    multiple, scaled = p.get("multiple_of", 256), p.get("use_scaled_rope", False)
     return ModelConfig(                                           # vocab_size may be -1 (Llama 1 and 2): output's rows
         vocab_size=sum(map(len, tensors["output.weight"])), layers=p["n_layers"], dim=p["dim"], heads=p["n_heads"],
         kv_heads=p.get("n_kv_heads") or p["n_heads"], head_dim=p["dim"] // p["n_heads"],
@@ -96,9 +88,8 @@ def meta_config(p, tensors):
 
 
 def eagle_config(c, tensors):
-    """Sizes that the files get wrong or leave out (head_dim, target_hidden_size) are read off the tensors. The rotary
-    base is 10000 unless rope_theta is there, and never scaled: that is how EAGLE trains, whatever the target does.
-    num_hidden_layers is ignored, some files say the target's; there is one."""
+    """Sizes that files get wrong or lack (head_dim, target_hidden_size) are read off the tensors; there is one layer,
+    whatever num_hidden_layers says. The rotary base is rope_theta, or 10000, never scaled: so EAGLE trains them."""
     target_dim = tensors["fc.weight"][0].shape[1] // 3
     return HeadConfig(
         **sizes(c) | {"head_dim": len(tensors["midlayer.self_attn.q_proj.weight"][0]) // c["num_attention_heads"]},

@@ -10,37 +10,19 @@ from tqdm import tqdm
 from gto.head import DraftHead
 from gto.model import Target, rotary_frequencies
 from gto.released import parallel
-from gto.released.files import dequantise, locate, map_files, read_gguf, read_json, reading
+from gto.released.files import dequantise, locate, map_files, read_gguf, read_json
 from gto.released.layouts import (EAGLE, GGUF, HUGGING_FACE, META, eagle_config, gguf_config, hugging_face_config,
                                   meta_config, pieces)
-from gto.util import UserError, rank
+from gto.util import UserError, rank, reading
 
 # The copy of a tied output matrix, rotary tables, a head's vocabulary map.
 REDUNDANT = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight", "d2t", "t2d")
 
 
 def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target as downloaded: a folder of config.json with *.safetensors or *.bin (Llama, Qwen3), or of
-    params.json with consolidated.*.pth (Meta's Llamas), a file *.gguf (Llama, Qwen3), or smollm2 (see files.py).
-
+    """A frozen target as downloaded: a folder of Hugging Face's or Meta's files, a file *.gguf, or smollm2.
     dtype None: bfloat16 on a GPU, float32 on a CPU, where bfloat16 crawls. ranks: see parallel.py."""
     path = Path(path)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    layout, config, tensors = read_target(path)
-    with torch.device("meta"):
-        target = whole = Target(config)
-    if ranks == "gather":
-        parallel.gather(target)
-    elif ranks == "split":
-        target = parallel.tensor_parallel(whole)
-    fill(target, whole, layout, tensors, path, device, dtype)
-    if config.tied:
-        target.unembed.weight = target.embed.weight
-    return target.eval().requires_grad_(False)
-
-
-def read_target(path):
-    """-> layout, config and published tensors of a target."""
     if file := locate(path):
         layout, config_of, (numbers, tensors) = GGUF, gguf_config, read_gguf(file)
     elif (file := path / "config.json").exists():
@@ -48,15 +30,24 @@ def read_target(path):
     elif (file := path / "params.json").exists():
         layout, config_of, numbers, tensors = META, meta_config, read_json(file), map_files(path)
     else:
-        raise UserError(f"no target at {path}: give a checkpoint *.pt, a *.gguf, or a folder with config.json (Hugging"
-                        f" Face) or params.json (Meta) beside the weights")
+        raise UserError(f"no target at {path}: give a *.pt, a *.gguf, or a folder with a config.json or params.json")
     with reading(file):
-        return layout, config_of(numbers, tensors), tensors
+        config = config_of(numbers, tensors)
+    with torch.device("meta"):
+        target = whole = Target(config)
+    if ranks == "gather":
+        parallel.gather(target)
+    elif ranks == "split":
+        target = parallel.tensor_parallel(whole)
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    fill(target, whole, layout, tensors, path, device, dtype)
+    if config.tied:
+        target.unembed.weight = target.embed.weight
+    return target.eval().requires_grad_(False)
 
 
 def load_head(path, target, dtype=None):
-    """A draft head for this target, on its device and (dtype None) of its type, from an EAGLE-3 folder: config.json
-    with pytorch_model.bin or model.safetensors."""
+    """A draft head for this target, on its device and (dtype None) of its type, from an EAGLE-3 folder."""
     path, like = Path(path), target.norm.weight
     numbers, tensors = read_json(path / "config.json"), map_files(path)
     with reading(f"the EAGLE-3 head {path}"):
@@ -64,8 +55,8 @@ def load_head(path, target, dtype=None):
         ids = torch.arange(config.draft_vocab_size)                # [V'], d2t is target id minus draft id
         if config.draft_vocab_size < config.vocab_size:
             ids += tensors["d2t"][0]
-    with torch.device("meta"):
-        head = DraftHead(config.check_fits(path, target), target)
+        with torch.device("meta"):
+            head = DraftHead(config.check_fits(target), target)
     fill(head, head, EAGLE, tensors, path, like.device, dtype or like.dtype)
     head.token_ids = ids.to(like.device)
     return head.eval()
@@ -81,8 +72,10 @@ def fill(model, whole, layout, tensors, path, device, dtype):
     filled = {}
     for name, parts in tqdm(wanted.items(), f"load {path.name}", leave=False, disable=rank() > 0 or None):
         with reading(path):
-            weight = torch.cat([join(source, tensors[source], shape, whole.config) for source, shape in parts])
-        filled[name] = parallel.shard(name, weight.to(dtype), model.get_parameter(name), whole.config).to(device)
+            found = [join(source, tensors[source], shape, whole.config).to(dtype) for source, shape in parts]
+            if not all(part.isfinite().all() for part in found):
+                raise UserError(f"{name} holds numbers that are infinite or none")
+        filled[name] = parallel.shard(name, found, model.get_parameter(name)).to(device)
     model.load_state_dict(filled, strict=False, assign=True)
     # Not a parameter, and float32 whatever the weights are. Llama 3.1's scaling is a tensor of divisors in a GGUF file.
     frequencies = rotary_frequencies(model.config)
@@ -95,9 +88,8 @@ def fill(model, whole, layout, tensors, path, device, dtype):
 def join(name, shards, shape, config):
     """A published tensor of this shape in one piece. Its rows are in our order: Meta, and llama.cpp in a Llama, rotate
     neighbours (2j, 2j+1), we rotate halves (j, j + D/2), so the rows within a query or key head move."""
-    tensor = shards[0]
-    if len(shards) > 1:                                           # Meta cut some by rows, some by columns
-        tensor = torch.cat(shards, dim=int(tensor.shape[0] == shape[0]))
+    # Meta cut some by rows, some by columns.
+    tensor = shards[0] if len(shards) == 1 else torch.cat(shards, dim=int(len(shards[0]) == shape[0]))
     if not isinstance(tensor, torch.Tensor):
         tensor = dequantise(tensor)
     if tuple(tensor.shape) != shape:

@@ -5,10 +5,10 @@ import json
 import torch
 from tqdm import tqdm
 
-from gto.data import read_text
+from gto.data import read_text, read_turns
 from gto.engine import Engine
 from gto.released.chat import encode, encode_conversations, user_prefix
-from gto.tokenizer import token_bytes
+from gto.tokenizer import StreamDecoder
 from gto.util import UserError, rank, wait, write_text
 from gto.verify import Sampling
 
@@ -16,9 +16,9 @@ QUESTION = 64     # tokens, at most
 LONG_ENOUGH = 8   # characters of a question: a lone word, or a greeting, makes every answer the same
 
 
-def conversations(config, out, target, chat, data=None):
-    """What heads are trained on: the chat .jsonl `data`, or (None) what the target writes into out/chats.jsonl,
-    config.texts conversations, every other batch greedy. -> tokens, supervised [n, config.length + config.unroll]."""
+def conversations(config, out, target, chat):
+    """What heads are trained on: what the target writes into out/chats.jsonl, config.texts conversations, every other
+    batch greedy. -> tokens, supervised [n, config.length + config.unroll]."""
     def converse(questions, number):
         prompts = [encode(chat, [{"role": "user", "content": text}]) for text in questions]
         temperature = float(number // config.text_batch % 2)
@@ -26,21 +26,20 @@ def conversations(config, out, target, chat, data=None):
         return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
                 for question, (answer, _) in zip(questions, answers) if answer]
 
-    if not data:
-        data = out / "chats.jsonl"
-        lines = append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
-        for line in lines[:3]:
-            question, answer = (message["content"] for message in json.loads(line)["messages"])
-            print(f"> {question}\n{answer}\n")
+    data = out / "chats.jsonl"
+    lines = append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
+    for line in lines[:3]:
+        (_, question), (_, answer) = read_turns(line, data)
+        print(f"> {question}\n{answer}\n")
     return encode_conversations(data, chat, config.length, config.unroll)
 
 
 def held_out(config, out, target, chat):
     """Prompts of which no head has seen an answer, lists of ids: questions of the target's own, out/prompts.jsonl."""
-    count = config.eval_prompts * 5 // 4
-    lines = append_lines(out / "prompts.jsonl", target, chat, count, count, config.seed + 1,
+    path, count = out / "prompts.jsonl", config.eval_prompts * 5 // 4
+    lines = append_lines(path, target, chat, count, count, config.seed + 1,
                          lambda questions, _: [{"turns": [question]} for question in questions])
-    return [encode(chat, [{"role": "user", "content": json.loads(line)["turns"][0]}]) for line in lines]
+    return [encode(chat, [{"role": role, "content": text}]) for line in lines for role, text in read_turns(line, path)]
 
 
 def append_lines(path, target, chat, count, batch, seed, records):
@@ -65,8 +64,7 @@ def append_lines(path, target, chat, count, batch, seed, records):
 
 def write(target, chat, prompts, most, temperature):
     """Continue prompts (lists of ids) to a stop token or by `most` tokens. -> [(text without the stop, ended)]."""
-    engine = Engine(target, None, sampling=Sampling(temperature), batch=len(prompts),
-                    capacity=max(map(len, prompts)) + most)
+    engine = Engine(target, None, None, Sampling(temperature), len(prompts), max(map(len, prompts)) + most)
     rows = [sum(parts, []) for parts in zip(*engine.generate(prompts, most, chat.stops))]
-    return [(b"".join(token_bytes(chat.encoding, token) for token in row if token not in chat.stops)
-             .decode("utf-8", "ignore").strip(), row[-1] in chat.stops) for row in rows]
+    return [(StreamDecoder(chat.encoding).push(token for token in row if token not in chat.stops).strip(),
+             row[-1] in chat.stops) for row in rows]

@@ -1,6 +1,5 @@
-"""A target over several processes, started by torchrun, one on each GPU (a rank). In training, where the ranks read
-different texts, it is "gathered" layer by layer (FSDP2). In decoding they work on the same tokens: there it is "split"
-(tensor parallel), so that each reads only 1/N of the weights."""
+"""A target over several processes of torchrun, one on each GPU (a rank): in training, where they read different texts,
+"gathered" layer by layer (FSDP2); in decoding "split" (tensor parallel), so that each reads only 1/N of the weights."""
 from dataclasses import replace
 
 import torch
@@ -36,8 +35,9 @@ def tensor_parallel(target):
     return share
 
 
-def shard(name, whole, parameter, config):
-    """What this rank keeps of the target's weight `name`, to stand for `parameter`; config: the whole target's."""
+def shard(name, parts, parameter):
+    """What this rank keeps of the target's weight `name`, which is these parts stacked, to stand for `parameter`."""
+    whole = torch.cat(parts)
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)   # no message
@@ -45,6 +45,4 @@ def shard(name, whole, parameter, config):
         return whole
     if name.endswith(("out.weight", "down.weight")):                                  # its inputs are split
         return whole.chunk(ranks(), dim=1)[rank()].contiguous()
-    H, G, D = config.heads, config.kv_heads, config.head_dim
-    parts = whole.split([H * D, G * D, G * D]) if name.endswith("qkv.weight") else whole.chunk(2)
     return torch.cat([part.chunk(ranks())[rank()] for part in parts])

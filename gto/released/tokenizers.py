@@ -1,11 +1,11 @@
-"""Released models' tokenizers behind tiktoken's interface: Hugging Face's tokenizer.json, a GGUF file's, Llama 3's rank
-file, and SentencePiece models (Llama 2, Vicuna), whose vocabulary is not made of bytes."""
+"""Released tokenizers, used like tiktoken's: tokenizer.json, GGUF's, rank files (Llama 3), SentencePiece (Llama 2)."""
 from pathlib import Path
 
 import tiktoken
 
-from gto.released.files import locate, read_gguf, read_json, reading
+from gto.released.files import locate, read_gguf, read_json
 from gto.tokenizer import LLAMA3_PATTERN, Encoding, make_encoding, read_ranks
+from gto.util import reading
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2's, for what is left between digits when each of them has been cut off: blanks in front of one are a whole piece.
@@ -53,7 +53,8 @@ def load_hugging_face(path):
         if normalizer not in (None, "NFC"):
             raise ValueError(f"normalizer {normalizer}: if there is a tokenizer.model, give that")
         specials = {token["content"]: token["id"] for token in config["added_tokens"]}
-        ranks = {spelt(token): rank for token, rank in config["model"]["vocab"].items() if token not in specials}
+        ranks = {bytes(ALPHABET[char] for char in token): rank for token, rank in config["model"]["vocab"].items()
+                 if token not in specials}
         return make_encoding(str(path), split_pattern(config["pre_tokenizer"]), ranks, specials, normalizer)
 
 
@@ -71,17 +72,12 @@ def split_pattern(pre_tokenizer):
     raise ValueError("it splits text in a way tiktoken cannot")
 
 
-def spelt(token):
-    """The bytes of a token in GPT-2's alphabet."""
-    return bytes(ALPHABET[char] for char in token)
-
-
 def load_gguf(path):
     """The tokenizer in a GGUF file, a byte-level BPE in GPT-2's alphabet."""
     metadata, _ = read_gguf(path)
     with reading(f"the tokenizer in {path} (--tokenizer names another)"):
         pre, tokens, kinds = (metadata[f"tokenizer.ggml.{x}"] for x in ("pre", "tokens", "token_type"))
-        ranks = {spelt(token): i for i, token in enumerate(tokens) if kinds[i] == 1}
+        ranks = {bytes(ALPHABET[char] for char in token): i for i, token in enumerate(tokens) if kinds[i] == 1}
         specials = {token: i for i, token in enumerate(tokens) if kinds[i] in (3, 4)}      # control, user defined
         return make_encoding(str(path), GGUF_PATTERNS[pre], ranks, specials, "NFC" if pre == "qwen2" else None)
 
