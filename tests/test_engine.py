@@ -81,6 +81,15 @@ def test_limits():
     assert len(next(tight.cycles())[0]) >= 1, "a cycle queued behind the end of a sequence is harmless"
 
 
+@pytest.mark.parametrize("shape", [None, "1,6,6", "4,3,8", "10,7,60"])
+def test_the_context_is_filled_to_its_last_position(shape):
+    target, head = tiny_models(seed=1)
+    prompts = [(tiny_prompts(1)[0] * 256)[:length] for length in (255, 254, 252, 230)]     # one token of room, two, ..
+    engine = Engine(target, head if shape else None, shape and TreeShape.parse(shape), batch=4)
+    expected = [prompt + by_hand(target, prompt, 256 - len(prompt)) for prompt in prompts]
+    assert engine.complete(prompts, 300) == expected and engine.capacity == 256
+
+
 @pytest.mark.parametrize("prompt, message", [([], "empty prompt"), ([1] * 256, "256 tokens")])
 def test_bad_prompts(prompt, message):
     with pytest.raises(UserError, match=message):

@@ -105,6 +105,8 @@ def test_greedy_output_is_the_targets(models, policy):
         assert plain.complete([prompt], 40) == eager.complete([prompt], 40) == replayed.complete([prompt], 40)
     assert spy.decisions == eager.policy.decisions and len(set(spy.decisions)) > 2
     assert set(replayed.run.graphs) == captured, "captured while the clock ran"
+    short = AdaptiveEngine(*models, policy, capacity=31)
+    assert all(short.complete([p], 40) == [plain.complete([p], 40)[0][:31]] for p in PROMPTS), "to the last position"
 
 
 def test_sampled_tokens_are_the_targets():

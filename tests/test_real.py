@@ -15,7 +15,7 @@ from gto.checkpoint import load_encoding
 from gto.config import Config
 from gto.loss import OBJECTIVES, learnt_positions
 from gto.model import ModelConfig, Target
-from gto.released import chat
+from gto.released import chat, magpie
 from gto.tokenizer import save_ranks
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.util import UserError
@@ -213,11 +213,15 @@ def test_without_data_the_target_writes_its_own_conversations(release, file, cap
     run(train, *small, "--stage", "text", cwd=release)
     out = release / "out" / file.removesuffix(".gguf")
     written = (out / "chats.jsonl").read_text(encoding="utf-8").splitlines()
-    (out / "chats.jsonl").write_text("\n".join(written[:5]) + "\n", encoding="utf-8")    # interrupted
-    (out / "text.pt").unlink()
+    (out / "chats.jsonl").unlink(), (out / "text.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):         # in the second batch's answers
+        parts = iter([magpie.write] * 3)
+        patch.setattr(magpie, "write", lambda *arguments: next(parts)(*arguments))
+        run(train, *small, "--stage", "text", cwd=release)
+    begun = (out / "chats.jsonl").read_text(encoding="utf-8").splitlines()
     run(train, *small, cwd=release)
     again = (out / "chats.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(again) == len(written) == 20 and again[:5] == written[:5]
+    assert again == written and len(again) == 20 > len(begun) and begun == written[:len(begun)]
     question, answer = (message["content"] for message in json.loads(again[0])["messages"])
     printed = capsys.readouterr().out
     assert f"> {question}\n{answer}" in printed and "gto - control" in printed and "9 of 9 texts" in printed

@@ -3,13 +3,19 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+import decode
 import gto.training
+import train as train_py
+from gto.checkpoint import read, seconds_of
+from gto.model import ModelConfig
 from gto.training import Stage, train
+from gto.util import UserError, append_log, main_guard
 from kernels.muon import orthogonalize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,30 +47,108 @@ def test_muon_makes_updates_orthogonal(rows, columns):
     assert (orthogonalize(x) * (U @ V)).sum((1, 2)).min() > 0.8 * min(rows, columns), "towards the nearest such matrix"
 
 
-def run_of_ten(out, stop_at=None):
-    """Ten steps of a small model, saved every third; with stop_at the machine 'dies' there."""
+def tensors(path):
+    contents = torch.load(path, weights_only=True)
+    return {name: x for name, x in contents.get("model", contents).items() if isinstance(x, torch.Tensor)}
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+def run_of_25(out, happens={}):
+    """25 steps of a small model, saved every tenth; happens: {step: what is done to the model in it}."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
+    model.config = ModelConfig()
     optimizers = [torch.optim.AdamW([model.weight], 0.1), torch.optim.SGD([model.bias], 0.1, momentum=0.9)]
 
     def loss_of(step):
-        if step == stop_at:
-            raise KeyboardInterrupt
+        happens.get(step, id)(model)
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
         return model(x).square().mean(), {}
 
-    train(Stage("job", 10, 5), model, optimizers, loss_of, out, warmup=3)
+    train(Stage("job", 25, 5), model, optimizers, loss_of, out, warmup=3)
     return model.state_dict()
 
 
-def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gto.training, "SAVE_EVERY", 3)
-    expected = run_of_ten(tmp_path / "a")
-    with pytest.raises(KeyboardInterrupt):
-        run_of_ten(tmp_path / "b", stop_at=8)
-    assert (tmp_path / "b/job.partial.pt").exists()
-    found = run_of_ten(tmp_path / "b")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def stop(_):
+    raise KeyboardInterrupt
+
+
+def spoil_bias(model):
+    model.bias.data[1] = torch.inf
+
+
+def spoil_gradient(model):
+    model.weight.register_hook(lambda gradient: gradient * torch.nan)
+
+
+@pytest.mark.parametrize("step, happens, error, message", [
+    (23, stop, KeyboardInterrupt, None),
+    (17, spoil_bias, UserError, "^job, step 18: .*finite.*kept.*--head-lr"),
+    (24, spoil_gradient, UserError, "^job, step 25: ")], ids=["stopped", "loss", "weights"])
+def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch, step, happens, error, message):
+    """Also after a loss, or the last step's weights, that are no numbers: they stop it, and are never saved."""
+    monkeypatch.setattr(gto.training, "SAVE_EVERY", 10)
+    expected = run_of_25(tmp_path / "a")
+    with pytest.raises(error, match=message) as caught:
+        run_of_25(tmp_path / "b", {step: happens})
+    partial = read(tmp_path / "b/job.partial.pt", "training")
+    assert partial["step"] == step // 10 * 10 and "\n" not in str(caught.value)
+    assert all(x.isfinite().all() for x in partial["model"].values()) and not (tmp_path / "b/job.pt").exists()
+    assert same(run_of_25(tmp_path / "b"), expected)
+
+
+RANK = """import sys
+from torch import distributed
+from tests.test_train import *
+gto.training.SAVE_EVERY, rank = 10, int(sys.argv[1])
+distributed.init_process_group("gloo", store=distributed.FileStore(sys.argv[2] + "/store", 2), rank=rank, world_size=2)
+main_guard(lambda: run_of_25(sys.argv[2], {17: spoil_bias} if rank == 1 else {}))"""
+
+
+def test_all_ranks_stop_at_a_loss_that_is_no_number(tmp_path):
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), tmp_path], cwd=ROOT, stderr=subprocess.PIPE,
+                              text=True) for rank in range(2)]
+    for process in ranks:
+        assert "error: job, step 18: " in process.communicate(timeout=120)[1] and process.returncode == 2
+    assert read(tmp_path / "job.partial.pt", "training")["step"] == 10
+
+
+@pytest.mark.parametrize("name", ["filler", "job.partial.pt.tmp", "log.jsonl"])
+def test_a_full_disk(tmp_path, monkeypatch, capsys, name):
+    """A small disk that is filled up, where we may mount one; elsewhere a file that takes nothing."""
+    monkeypatch.setattr(gto.training, "SAVE_EVERY", 10)
+    out = tmp_path / "out"
+    out.mkdir()
+    if name == "filler" and os.system(f"mount -t tmpfs -o size=64k tmpfs {out} 2>/dev/null"):
+        pytest.skip("mounting is not permitted")
+
+    def fill(_):
+        (out / name).unlink(missing_ok=True)
+        if name != "filler":
+            return (out / name).symlink_to("/dev/full")
+        with suppress(OSError):
+            (out / name).write_bytes(bytes(1 << 20))
+
+    try:
+        with pytest.raises(SystemExit, match="^2$"):
+            main_guard(lambda: run_of_25(out, {17: fill}))
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith("error: ") and "No space left on device" in last
+        assert read(out / "job.partial.pt", "training")["step"] == 10 and not list(out.glob("*.tmp"))
+        (out / name).unlink(missing_ok=True)
+        assert same(run_of_25(out), run_of_25(tmp_path / "b"))
+    finally:
+        os.system(f"umount {out} 2>/dev/null")
+
+
+def test_a_line_that_a_full_disk_cut_short_hides_no_other(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"stage": "x", "finished": true, "sec')
+    append_log(tmp_path / "log.jsonl", stage="x", finished=True, seconds=2.5)
+    append_log(tmp_path / "log.jsonl", stage="x", step=1, seconds=0.5)
+    assert seconds_of(tmp_path, "x") == 2.5
 
 
 @pytest.fixture(scope="module")
@@ -106,22 +190,62 @@ def test_finished_stages_are_not_run_again_and_numbers_must_not_change(trained):
     assert other.returncode == 2 and "omega" in other.stderr
 
 
-def test_an_interrupted_run_goes_on(trained):
-    """What dies in the middle of phase I ends with the head of the uninterrupted run, bit for bit."""
+KILLING = """import os, random, signal, sys, time
+import gto.training, train
+from gto.util import main_guard
+kills, longest, *sys.argv[1:] = sys.argv[1:]
+gto.training.SAVE_EVERY, seconds_of, randomness, runs = 3, train.seconds_of, random.Random(0), 0
+train.seconds_of = lambda out, name: seconds_of("out/x", name)     # of which the control takes its number of steps
+left = int(kills)
+while left:
+    runs, status = runs + 1, signal.SIGKILL
+    sys.argv[-1] = f"out/killed-{kills}-{runs}"
+    while status == signal.SIGKILL:
+        if not (child := os.fork()):
+            os._exit(main_guard(train.main) or 0)
+        if left:
+            time.sleep(randomness.uniform(0, float(longest)))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        left -= status == signal.SIGKILL
+    if status:
+        sys.exit(f"status {status}")
+print("runs:", runs)"""
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
+def test_killed_runs_go_on(trained, kills):
+    """kill -9 at random moments of runs from nothing to the table: all end as the uninterrupted one, bit for bit."""
     folder, _ = trained
-    (folder / "out/z").mkdir(parents=True)
-    for name in ("target.pt", "text.pt"):
-        (folder / "out/z" / name).write_bytes((folder / "out/x" / name).read_bytes())
-    dies = ("import sys, gto.training as t; sys.argv = sys.argv[1:]; t.SAVE_EVERY = 5; sample = t.sample_batch\n"
-            "def die(part, *a):\n    assert part < 8\n    return sample(part, *a)\n"
-            "t.sample_batch = die; import train; train.main()")
-    arguments = *TINY, "--data", "data/x", "--out-dir", "out/z", "--stage", "draft"
-    assert run("-c", dies, ROOT / "train.py", *arguments, cwd=folder).returncode == 1
-    assert (folder / "out/z/draft.partial.pt").exists() and not (folder / "out/z/draft.pt").exists()
-    assert run(ROOT / "train.py", *arguments, cwd=folder).returncode == 0
-    assert not (folder / "out/z/draft.partial.pt").exists()
-    found, expected = (torch.load(folder / f"out/{x}/draft.pt", weights_only=True)["model"] for x in "zx")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    def taus(out):
+        return [row["tau"] for row in json.loads((out / "results.json").read_text())["rows"]]
+
+    longest = (folder / "out/x/table.md").stat().st_mtime - (folder / "out/x/config.json").stat().st_mtime
+    result = run("-c", KILLING, kills, longest, *TINY, "--data", "data/x", "--out-dir", "", cwd=folder)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for number in range(int(result.stdout.split()[-1])):
+        out = folder / f"out/killed-{kills}-{number + 1}"
+        for name in "target", "text", "draft", "gto", "control":
+            assert same(tensors(out / f"{name}.pt"), tensors(folder / f"out/x/{name}.pt")), (out, name)
+        assert taus(out) == taus(folder / "out/x")
+
+
+def test_the_seed_decides(trained, monkeypatch, capsys):
+    """Another seed, another target and text; with the same one, killed runs above end like the first."""
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+
+    def program(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments), "--device", "cpu"])
+        main()
+        return capsys.readouterr().out
+
+    program(train_py.main, *TINY, "--data", "data/x", "--out-dir", "out/7", "--seed", 7, "--stage", "text")
+    assert not any(same(tensors(f"out/7/{name}.pt"), tensors(f"out/x/{name}.pt")) for name in ("target", "text"))
+    texts = [program(decode.main, "--prompt", "def f", "--temperature", 1, "--seed", seed, *DECODE)
+             for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 DECODE = ["--out-dir", "out/x"]        # the run's folder carries its tokenizer
