@@ -201,7 +201,7 @@ class Corpus:
         of (seed, step): a resumed training sees the same batches."""
         tokens = self.tokens[side]
         if len(tokens) <= length:
-            raise UserError(f"{self.directory} has {len(tokens)} {side} tokens, a window {length + 1}: prepare more text")
+            raise UserError(f"{self.directory} has {len(tokens)} {side} tokens, a window {length + 1}: add more text")
         starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, batch_size)     # [B]
         return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
 
