@@ -1,4 +1,4 @@
-"""A cycle for the eye: its tree in the terminal; a page, page.html with its data, to step through a decode and a run."""
+"""A cycle for the eye: its tree in the terminal; a page, page.html and its data, to step through a decode or a run."""
 import json
 import time
 from pathlib import Path

@@ -101,7 +101,7 @@ def test_bad_files_give_one_line(tmp_path, target, monkeypatch):
         path.write_bytes(good[:size])
         for load in load_target, load_encoding:
             assert "damaged" in error_of(load, path)
-    assert "is missing" in error_of(load_target, tmp_path / "nowhere.gguf")
+    assert "does not exist" in error_of(load_target, tmp_path / "nowhere.gguf")
     for i, (load, changes, words) in enumerate([
             (load_target, {"llama.rope.scaling.type": "yarn"}, "'yarn'"),
             (load_target, {"llama.block_count": None}, "num_hidden_layers"),
