@@ -100,10 +100,11 @@ TENSORS = ("layers dim ffn_dim", "layers dim heads head_dim", "vocab_size dim", 
 def check(c):
     """The config itself; a UserError that names the flag if a number cannot be right."""
     for field in fields(c):
-        name, value, least = field.name, getattr(c, field.name), LEAST.get(field.name, 1e-30 ** (field.type is float))
-        if not isinstance(value, (int, float) if field.type is float else field.type) or (
-                field.type in (int, float) and not least <= value <= MOST) or value not in CHOICES.get(name, (value,)):
-            wanted = ", ".join(map(str, CHOICES.get(name, ()))) or f"{field.type.__name__} from {least:g} to {MOST}"
+        name, kind, value = field.name, field.type, getattr(c, field.name)
+        least = LEAST.get(name, 1 if kind is int else 1e-30)
+        fits = isinstance(value, (int, float) if kind is float else kind) and value in CHOICES.get(name, (value,))
+        if not fits or kind in (int, float) and not least <= value <= MOST:
+            wanted = ", ".join(map(str, CHOICES.get(name, ()))) or f"{kind.__name__} from {least:g} to {MOST}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
     for names in map(str.split, TENSORS):
         if (size := prod(getattr(c, name) for name in names)) > 1e10:

@@ -201,8 +201,7 @@ class Corpus:
         of (seed, step): a resumed training sees the same batches."""
         tokens = self.tokens[side]
         if len(tokens) <= length:
-            raise UserError(f"{self.directory}/{side}.bin has {len(tokens)} tokens, a window needs {length + 1}: "
-                            "prepare more text or shorten the training length")
+            raise UserError(f"{self.directory} has {len(tokens)} {side} tokens, a window {length + 1}: add more text")
         starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, batch_size)     # [B]
         return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
 
@@ -211,7 +210,5 @@ def ensure_data(directory, dataset, vocab_size):
     """Prepare a built-in dataset if `directory` does not exist or is empty; what is there must have this vocab_size."""
     if not os.path.isdir(directory) or not os.listdir(directory):
         prepare(directory, dataset, vocab_size=vocab_size)
-    found = Corpus(directory).vocab_size
-    if found != vocab_size:
-        raise UserError(f"the vocabulary in {directory} has {found} ids, not {vocab_size}: leave --vocab-size out, or"
-                        f" run python prepare_data.py --out {directory} --vocab-size {vocab_size}")
+    if (found := Corpus(directory).vocab_size) != vocab_size:
+        raise UserError(f"{directory} was prepared with --vocab-size {found}, not {vocab_size}: prepare it anew")

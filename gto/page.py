@@ -1,5 +1,4 @@
-"""What happens in a cycle, for the eye: the draft tree in the terminal, and a page that steps through a decode and
-draws the figures of a run. It is one file, made from page.html, and needs nothing but a browser."""
+"""A cycle for the eye: its tree in the terminal; a page, page.html with its data, to step through a decode and a run."""
 import json
 import time
 from pathlib import Path
@@ -27,8 +26,7 @@ def watch(engine, prompt, encoding, new_tokens, stop=()):
     ms       by part of the cycle. On a GPU slower than in decoding, where all parts are one CUDA graph"""
     decoder, room = StreamDecoder(encoding), min(new_tokens, engine.capacity - len(prompt))
     new = engine.prefill([prompt])
-    cycles = [{"emitted": [decoder.push(new)], "nodes": [], "ms": {}}]
-    written = len(new)
+    cycles, written = [{"emitted": [decoder.push(new)], "nodes": [], "ms": {}}], 1
     while written < room and not any(token in stop for token in new):
         prefix, times = Prefix(engine.target_cache, engine.length.clone()), [moment(engine)]
         hidden, root, head_prefix = engine.extend(width=int(engine.num_accepted) + 1)

@@ -127,8 +127,7 @@ def main(argv=None):
     parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
     parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
     parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
-    parser.add_argument("--tree", action="append", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes;"
-                        " repeatable: each head with each (default: 2,4,8 and 8,5,24)")
+    parser.add_argument("--tree", action="append", type=TreeShape.parse, help="repeatable; default: 2,4,8 and 8,5,24")
     parser.add_argument("--tokenizer", help="default: the one in the target's folder")
     parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
     parser.add_argument("--limit", type=at_least(0), default=16, help="questions; 0: all of them (default: 16)")
