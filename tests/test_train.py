@@ -15,7 +15,7 @@ import train as train_py
 from gto.checkpoint import read, seconds_of
 from gto.model import ModelConfig
 from gto.training import Stage, train
-from gto.util import UserError, append_log, main_guard
+from gto.util import UserError, main_guard
 from kernels.muon import orthogonalize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,13 +144,6 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys, name):
         os.system(f"umount {out} 2>/dev/null")
 
 
-def test_a_line_that_a_full_disk_cut_short_hides_no_other(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"stage": "x", "finished": true, "sec')
-    append_log(tmp_path / "log.jsonl", stage="x", finished=True, seconds=2.5)
-    append_log(tmp_path / "log.jsonl", stage="x", step=1, seconds=0.5)
-    assert seconds_of(tmp_path, "x") == 2.5
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A directory with data and a finished, tiny run."""
@@ -221,7 +214,8 @@ def test_killed_runs_go_on(trained, kills):
     def taus(out):
         return [row["tau"] for row in json.loads((out / "results.json").read_text())["rows"]]
 
-    longest = (folder / "out/x/table.md").stat().st_mtime - (folder / "out/x/config.json").stat().st_mtime
+    first, last = ((folder / "out/x" / name).stat().st_mtime for name in ("target.pt", "table.md"))
+    longest = seconds_of(folder / "out/x", "target") + last - first
     result = run("-c", KILLING, kills, longest, *TINY, "--data", "data/x", "--out-dir", "", cwd=folder)
     assert result.returncode == 0, result.stderr[-2000:]
     for number in range(int(result.stdout.split()[-1])):
