@@ -34,14 +34,14 @@ class Config:
     head_ffn_dim: int = 384        # 0: the target's
     draft_vocab_size: int = 1024   # the tokens that are most frequent in the target's own text
     unroll: int = 4                # steps of the training-time test behind the first
-    head_steps: int = 450
+    head_steps: int = 600
     head_batch: int = 4
     head_lr: float = 2e-2          # output and norms, by AdamW
     head_muon_lr: float = 0.05     # hidden matrices, by Muon; 0: AdamW for all
     label_temperature: float = 0.5  # below 1: labels sharpened towards the target's arg-max; 1: EAGLE-3's
 
     # phase II: Group Tree Optimization
-    gto_steps: int = 15
+    gto_steps: int = 25
     gto_batch: int = 2             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     groups: int = 16               # K, per sequence
