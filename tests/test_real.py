@@ -174,6 +174,7 @@ def test_two_processes_with_a_spread_target_equal_one_with_the_doubled_batch(tra
             torch.testing.assert_close(weights[1][name], expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.soak                                                 # 20 to 40 seconds, mostly of starting processes
 def test_an_interrupted_run_of_two_processes_goes_on(release):
     command = torchrun(ROOT / "train.py", *TRAIN, "--stage", "draft", "--head-steps", 230, "--accumulate", 1,
                        "--out-dir", "cut")
