@@ -38,6 +38,8 @@ def test_small_enough_to_read():
     path = ["train.py", "decode.py", *(f"gto/{name}.py" for name in (
         "model", "head", "tree", "verify", "engine", "loss", "rollout", "training"))]
     assert sum(len(lines[ROOT / name]) for name in path) <= 1500
+    page = (ROOT / "gto/page.html").read_text(encoding="utf-8").splitlines()
+    assert len(page) <= 250 and max(map(len, page)) <= 120
     readme = READMES[0].read_bytes()
     assert readme.count(b"\n") <= 130 and len(readme) <= 8192
 
