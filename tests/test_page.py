@@ -98,7 +98,8 @@ def page_of_a_run(path):
     log = [{"stage": stage, "step": step, "seconds": step, "loss": 3 / step, "token_loss": 2 / step, "reward": step}
            for stage in ("target", "draft", "control", "gto") for step in (10, 20)]
     decode = watch(engine_of(), [3, 1, 4], Five(), 40)
-    write_page(path, "A <run>", decode, ["It & its \"notes\"."], rows, by_depth=by_depth, calibration=calibration, log=log)
+    more = {"by_depth": by_depth, "calibration": calibration, "log": log}
+    write_page(path, "A <run>", decode, ["It & its \"notes\"."], rows, **more)
     return decode["cycles"]
 
 
@@ -115,8 +116,8 @@ all("#text .drafted")[0].click()
 all("#tree .node")[1].onclick()
 const found = {errors, steps, title: document.title, text: $("text").textContent, figures: all("figure").length,
                clicked: all("#text .now").length, detail: $("detail").textContent, rows: all("tr").length,
-               notes: $("notes").textContent, wide: document.documentElement.scrollWidth - innerWidth}
-document.body.replaceChildren(element("pre", {}, JSON.stringify(found)))
+               notes: $("notes").textContent, wide: document.documentElement.scrollWidth, inner: innerWidth}
+parent.document.body.replaceChildren(element("pre", {}, JSON.stringify(found)))
 </script>"""
 
 
@@ -127,8 +128,10 @@ def test_the_page_in_a_browser(tmp_path, width):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", page), "it needs no network"
     watched = page.replace("<script>", "<script>const errors = []; onerror = e => errors.push(e)</script><script>", 1)
-    (tmp_path / "driven.html").write_text(watched + DRIVER, encoding="utf-8")
-    shown = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+    # In a frame, because a window has a least width.
+    frame = f"<iframe style='width: {width}px' srcdoc='{html.escape(watched + DRIVER)}'></iframe>"
+    (tmp_path / "driven.html").write_text(f"<meta charset='utf-8'>{frame}", encoding="utf-8")
+    shown = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900",
                             f"--user-data-dir={tmp_path}/profile", "--dump-dom", (tmp_path / "driven.html").as_uri()],
                            capture_output=True, text=True, encoding="utf-8", timeout=120).stdout
     found = json.loads(html.unescape(re.search("<pre>(.*)</pre>", shown, re.DOTALL).group(1)))
@@ -140,4 +143,4 @@ def test_the_page_in_a_browser(tmp_path, width):
         assert step["accepted"] == sum(node["accepted"] for node in cycle["nodes"])
         assert i == 0 or f"{len(cycle['emitted']) - 1} of 8 drafts" in step["says"] or cycle is cycles[-1]
     assert found["clicked"] >= 2 and "head 0." in found["detail"] and found["rows"] == 4
-    assert found["figures"] == 3 + 4 + 1 and found["wide"] <= 0
+    assert found["figures"] == 3 + 4 + 1 and found["wide"] <= found["inner"] == width
