@@ -96,6 +96,7 @@ def test_a_divergence_is_listed_with_its_gap():
     (found,) = bench.divergences(target, [[7], [3, 1, 4]], [[1, 2], [5, 9, 8, 6]], [[1, 2], [5, 9, 2, 6]])
     best = target.logits(target(torch.tensor([[3, 1, 4, 5, 9]]))[0][0, -1]).sort(descending=True).values
     assert found == {"answer": 2, "token": 2, "gap": pytest.approx((best[0] - best[1]).item(), abs=1e-5)}
+    assert bench.divergences(target, [[7]], [[1, 2]], [[1]])[0]["token"] == 1         # one goes on where the other ends
 
 
 def test_answers_end_at_a_stop_token_and_history_leaves_it_out():

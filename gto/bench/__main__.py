@@ -89,7 +89,7 @@ def divergences(target, prompts, mine, ar):
     found = []
     for number, (prompt, a, b) in enumerate(zip(prompts, mine, ar), 1):
         if a != b:
-            at = next(i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1])
+            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
             hidden, *_ = target(torch.tensor([prompt + b[:at]], device=target.norm.weight.device))
             best, second = target.logits(hidden[0, -1]).float().topk(2).values.tolist()
             found.append({"answer": number, "token": at, "gap": best - second})
