@@ -142,6 +142,6 @@ def read_log(out):
 
 def seconds_of(out, stage):
     """How long a finished stage took."""
+    finished = [line for line in read_log(out) if line.get("stage") == stage and line.get("finished")]
     with reading(Path(out, "log.jsonl")):
-        finished = [line for line in read_log(out) if line.get("stage") == stage and line.get("finished")]
         return float(finished[-1]["seconds"])

@@ -57,7 +57,7 @@ def describe(engine, encoding, root, drafted, prefix, emitted):
     tokens, parents, scores = drafted                                                 # [1, C] each
     T = engine.sampling.temperature or 1.0
     log_P = path_log_prob(engine.target, root, tokens, parents, prefix, engine.shape, T)
-    above, words = parents[0].tolist(), tokens[0].tolist()                            # candidate index + 1, 0: the root
+    above, words, path = (x[0].tolist() for x in (parents, tokens, scores.exp()))     # above: index + 1, 0: the root
     of_head, of_target = ((x - F.pad(x, (1, 0)).gather(1, parents)).exp()[0].tolist() for x in (scores, log_P))
     order = scores[0].sort(descending=True, stable=True).indices.tolist()
     kept = set(order[:engine.shape.nodes])
@@ -71,7 +71,7 @@ def describe(engine, encoding, root, drafted, prefix, emitted):
             at, depth = c + 1, depth + 1
         number[c + 1] = len(nodes)
         nodes.append({"token": text[c + 1], "parent": number[above[c]], "head": of_head[c], "target": of_target[c],
-                      "path": scores[0, c].exp().item(), "kept": c in kept, "accepted": accepted})
+                      "path": path[c], "kept": c in kept, "accepted": accepted})
     return nodes
 
 
