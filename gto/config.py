@@ -44,6 +44,7 @@ class Config:
     gto_steps: int = 25
     gto_batch: int = 2             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
+    rollout_steps: int = 8         # steps that learn from the same trees; 1: the paper's
     groups: int = 16               # K, per sequence
     group_size: int = 8            # m adjacent positions
     objective: str = "gto"         # gto or keep, or your own: OBJECTIVES in gto/loss.py
@@ -84,10 +85,11 @@ PRESETS = {
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.
     "real": Config(length=2048, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
                    head_lr=5e-5, head_muon_lr=0.0, label_temperature=1.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1,
-                   warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
+                   rollout_steps=1, warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
 }
 
-CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False)}
+CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False),
+           "rollout_steps": (1, 2, 4, 5, 8, 10, 20, 40)}  # divisors of gto.training.SAVE_EVERY
 LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr", "muon_lr", "omega", "delta", "eps"),
                       0) | {"eval_prompts": 4, "eval_tokens": 2}
 # What may be too large for any memory, by the numbers whose product is about its size.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gto.model import KV, Prefix
-from gto.tree import draft_tree, rows
+from gto.tree import Tree, ancestor_mask, draft_tree
 from gto.verify import accept
 from kernels.acceptance import score_nodes
 
@@ -18,7 +18,7 @@ class Text(NamedTuple):
     features: torch.Tensor    # [B, T, 3 * dim]
     hidden: torch.Tensor      # [B, T, dim] behind the last norm, for `target.logits`
     choice: torch.Tensor      # [B, T] the likeliest next token
-    kv: KV
+    kv: KV | None             # None: not kept
     supervised: torch.Tensor  # [B, T] bool: tokens to learn, written by the target or by the assistant it is to follow
 
 
@@ -57,33 +57,58 @@ def sample_groups(supervised, groups, size, depth, generator):
 
 
 @torch.no_grad()
-def rollout_trees(target, head, text, roots, shape, aggregator="lse", eta=1.0):
-    """Draft a tree with `head` behind every root and let the target score it. roots [B, R] slots -> Trees."""
-    B, R = roots.shape
-    hidden, kv = head.read(text.features, text.tokens)
-    sequence, slot = torch.arange(B, device=roots.device).repeat_interleave(R), roots.flatten()   # [B * R]
-    length = slot + 1                                                                 # true slots, before the root
-    tree = draft_tree(head, hidden[sequence, slot], text.tokens[sequence, length], Prefix(kv, length, sequence),
-                      shape, temperature=1.0)
-    choice, log_prob = score_inner_nodes(target, tree, Prefix(text.kv, length, sequence))        # [B * R, N]
-    _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [B * R]
+def rollout_trees(target, heads, text, roots, shape, aggregator="lse", eta=1.0):
+    """Let every head draft a tree behind every root, and the target score all of them. roots [B, K, m] slots of groups
+    of neighbours -> [Trees] by head, R = K * m."""
+    (B, K, m), H = roots.shape, len(heads)
+    group, length = torch.arange(B * K, device=roots.device).repeat_interleave(m), roots.flatten() + 1    # [B * R]
+    sequence, drafts = group // K, []
+    for head in heads:
+        hidden, kv = head.read(text.features, text.tokens)
+        drafts.append(draft_tree(head, hidden[sequence, length - 1], text.tokens[sequence, length],
+                                 Prefix(kv, length, sequence), shape, temperature=1.0))   # true slots, before the root
+    tree, prefix = Tree(*map(torch.cat, zip(*drafts))), Prefix(text.kv, length.repeat(H), sequence.repeat(H))
+    choice, log_prob = score_inner_nodes(target, tree, prefix, group=group.repeat(H))             # [H * B * R, N]
+    _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [H * B * R]
     path, num_accepted, _ = accept(tree, choice, shape.depth + 1)
     rejected = torch.arange(shape.depth, device=roots.device) >= num_accepted[:, None]
-    accepted = tree.tokens.gather(1, path)[:, 1:].masked_fill(rejected, 0)            # [B * R, depth]
-    return Trees(reward.view(B, R), accepted.view(B, R, -1), num_accepted.view(B, R))
+    accepted = tree.tokens.gather(1, path)[:, 1:].masked_fill(rejected, 0)            # [H * B * R, depth]
+    return list(map(Trees, *(x.unflatten(0, (H, B, K * m)) for x in (reward, accepted, num_accepted))))
 
 
-def score_inner_nodes(target, tree, prefix, temperature=0.0):
-    """`score_nodes` of a tree, by a target forward over its inner nodes alone, half of them all: how likely a leaf is,
-    its parent says. The choice at a leaf is not to be used."""
-    inner = torch.zeros_like(tree.mask[:, 0]).scatter(1, tree.parents, True)          # [B, N]
-    width, slot = int(inner.sum(1).max()), inner.cumsum(1) - 1                        # slot: where an inner node goes
-    nodes = inner.byte().argsort(dim=1, descending=True, stable=True)[:, :width]      # [B, W], leaves fill it up
-    mask = rows(rows(tree.mask, nodes).mT, nodes).mT                                  # [B, W, W]
-    positions, uniform = prefix.length[:, None] + rows(tree.depth, nodes), torch.rand_like(nodes, dtype=torch.float)
-    hidden, *_ = target(rows(tree.tokens, nodes), positions, mask, prefix, keep_kv=False)
-    choice, log_prob = score_nodes(target.logits(hidden), tree.tokens, rows(slot, tree.parents), temperature, uniform)
-    return rows(choice, slot), log_prob
+def score_inner_nodes(target, tree, prefix, temperature=0.0, group=None):
+    """`score_nodes` of trees by a target forward over fewer nodes: without the leaves, half of them all, as how likely
+    a leaf is, its parent says; and with nodes that trees of a group, see `merge`, have in common only once. group [B],
+    None: each tree is one. The choice at a leaf is not to be used."""
+    group = torch.arange(len(tree.tokens), device=tree.tokens.device) if group is None else group
+    merged, first, at = merge(*(x.tolist() for x in (group, prefix.length, tree.tokens, tree.parents)))
+    width = max(map(len, merged))                                                     # W
+    padded = [list(nodes) + [(0, 0)] * (width - len(nodes)) for nodes in merged]
+    parents, tokens = torch.tensor(padded, device=group.device).clamp(min=0).unbind(-1)           # [G, W]
+    mask, uniform = ancestor_mask(parents, width), torch.rand(1, tokens.numel(), device=group.device)
+    prefix = prefix._replace(length=prefix.length[first], sequence=first if prefix.sequence is None else
+                             prefix.sequence[first])
+    hidden, *_ = target(tokens, prefix.length[:, None] + mask.sum(-1) - 1, mask, prefix, keep_kv=False)
+    at = group[:, None] * width + torch.tensor(at, device=group.device)               # [B, N] among all G * W nodes
+    choice, log_prob = score_nodes(target.logits(hidden).flatten(0, 1)[None], tree.tokens.view(1, -1),
+                                   at.gather(1, tree.parents).view(1, -1), temperature, uniform)
+    return choice[0, at], log_prob.view_as(at).index_fill(1, at.new_zeros(1), 0.0)
+
+
+def merge(group, roots, tokens, parents):
+    """Trees of a group as one without leaves, by lists: of each tree its group, 0 onwards; the position of its root, in
+    a group no more than one behind those before; the tokens and parents of its nodes. -> of each group its nodes as
+    {(parent, token): number} and its first tree; of each tree the numbers of its nodes, 0 for leaves."""
+    merged, first, at, text = [], [], [], {}
+    for b, (g, root, words, above) in enumerate(zip(group, roots, tokens, parents)):
+        if g == len(merged):
+            merged.append({}), first.append(b)
+        nodes, inner = merged[g], set(above)
+        text[g, root] = nodes.setdefault((text.get((g, root - 1), -1), words[0]), len(nodes))
+        at.append([text[g, root]])
+        for i in range(1, len(words)):
+            at[b].append(nodes.setdefault((at[b][above[i]], words[i]), len(nodes)) if i in inner else 0)
+    return merged, first, at
 
 
 def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
