@@ -44,8 +44,8 @@ class Config:
     gto_steps: int = 25
     gto_batch: int = 2             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
-    rollout_steps: int = 8         # steps that learn from the same trees; 1: the paper's
-    groups: int = 16               # K, per sequence
+    rollout_steps: int = 4         # steps that learn from the same trees; the paper's: 1
+    groups: int = 8                # K, per sequence; the paper's: 16
     group_size: int = 8            # m adjacent positions
     objective: str = "gto"         # gto or keep, or your own: OBJECTIVES in gto/loss.py
     omega: float = 0.5             # L = L_token + omega * L_objective
@@ -85,7 +85,7 @@ PRESETS = {
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.
     "real": Config(length=2048, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
                    head_lr=5e-5, head_muon_lr=0.0, label_temperature=1.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1,
-                   rollout_steps=1, warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
+                   rollout_steps=1, groups=16, warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
 }
 
 CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False),

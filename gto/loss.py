@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from gto.config import Config
 from gto.head import DraftHead
 from gto.model import Target
-from gto.rollout import Text, rollout_trees, sequence_log_prob, target_forward
+from gto.rollout import Text, rollout_trees, sequence_log_prob
 from gto.tree import TreeShape
 
 
@@ -99,35 +99,34 @@ class Batch(NamedTuple):
     total: torch.Tensor         # [J+1] supervised positions of a whole step, over the number of its parts
     roots: torch.Tensor         # [B, K * m] root slots of the groups
     group_weight: torch.Tensor  # [B, K] of each group in the mean, 0 where there is none
-    kept: list                  # what an objective keeps for the next steps; empty at every `rollout_steps`-th
+    kept: list                  # what an objective keeps for its next steps: empty in every `rollout_steps`-th
 
 
 def gto_objective(batch):
-    """Eq. 3-12. Trees serve `rollout_steps` steps, as in PPO: but the ratio, and the clip, are against the reference, as
+    """Eq. 3-12. Trees serve `rollout_steps` steps, as in PPO; but the ratio and its clip are against the reference, as
     in the paper, not against the head that drafted them. -> loss, metrics to log."""
     if not batch.kept:
-        batch.kept.append(rollout(batch))
-    text, roots, trees, reference_log_q, advantage, metrics = batch.kept[0]
+        batch.kept.extend(rollout(batch))
+    text, roots, trees, reference_log_q, advantage, metrics = batch.kept
     log_q = sequence_log_prob(batch.head, text, roots, trees)                         # [B, K * m], with gradient
-    s = ratio(log_q, reference_log_q, trees.length).view_as(advantage)
+    s = ratio(log_q, reference_log_q, trees.length).view_as(advantage)                # [B, K, m]
     return surrogate(s, advantage, batch.config.eps), metrics
 
 
 @torch.no_grad()
 def rollout(batch):
-    """Trees of both heads at groups of positions, rewarded by the target: all of GTO that carries no gradient."""
+    """Trees of both heads at groups of positions, rewarded by the target: what of GTO carries no gradient."""
     config, text, roots, shape = batch.config, batch.text, batch.roots, TreeShape.parse(batch.config.tree)
-    in_groups = (*batch.group_weight.shape, config.group_size)                        # B, K, m
-    if text.kv is None:
-        text = target_forward(batch.target, text.tokens, text.supervised)
-    trees, reference_trees = rollout_trees(batch.target, (batch.head, batch.reference), text, roots.view(in_groups),
-                                           shape, config.aggregator, config.eta)
+    groups = roots.view(*batch.group_weight.shape, config.group_size)                 # [B, K, m]
+    trees, reference_trees = rollout_trees(batch.target, (batch.head, batch.reference), text, groups, shape,
+                                           config.aggregator, config.eta)
+    reference_log_q = sequence_log_prob(batch.reference, text, roots, trees)
     gain = debias(trees.reward, reference_trees.reward) if config.debias else trees.reward
     weight = batch.group_weight[..., None] * batch.group_weight.numel()               # `surrogate` is linear in A
-    advantage = advantages(gain.view(in_groups), config.delta) * weight
+    advantage = advantages(gain.view_as(groups), config.delta) * weight
     metrics = {"reward": trees.reward, "gain": gain, "accepted": trees.length}
-    return (text._replace(kv=None), roots, trees, sequence_log_prob(batch.reference, text, roots, trees), advantage,
-            {k: (v.view(in_groups) * weight).mean() for k, v in metrics.items()})
+    metrics = {name: (value.view_as(groups) * weight).mean() for name, value in metrics.items()}
+    return text._replace(kv=None), roots, trees, reference_log_q, advantage, metrics
 
 
 def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):

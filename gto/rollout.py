@@ -58,17 +58,17 @@ def sample_groups(supervised, groups, size, depth, generator):
 
 @torch.no_grad()
 def rollout_trees(target, heads, text, roots, shape, aggregator="lse", eta=1.0):
-    """Let every head draft a tree behind every root, and the target score all of them. roots [B, K, m] slots of groups
-    of neighbours -> [Trees] by head, R = K * m."""
+    """Let every head draft a tree behind every root, and the target score all of them. roots [B, K, m] slots, of groups
+    of m neighbours -> [Trees] by head, R = K * m."""
     (B, K, m), H = roots.shape, len(heads)
-    group, length = torch.arange(B * K, device=roots.device).repeat_interleave(m), roots.flatten() + 1    # [B * R]
-    sequence, drafts = group // K, []
+    sequence, length = torch.arange(B, device=roots.device).repeat_interleave(K * m), roots.flatten() + 1   # [B * R]
+    drafts, kv = [], text.kv or target_forward(target, text.tokens).kv
     for head in heads:
-        hidden, kv = head.read(text.features, text.tokens)
+        hidden, own_kv = head.read(text.features, text.tokens)                        # true slots, before the root
         drafts.append(draft_tree(head, hidden[sequence, length - 1], text.tokens[sequence, length],
-                                 Prefix(kv, length, sequence), shape, temperature=1.0))   # true slots, before the root
-    tree, prefix = Tree(*map(torch.cat, zip(*drafts))), Prefix(text.kv, length.repeat(H), sequence.repeat(H))
-    choice, log_prob = score_inner_nodes(target, tree, prefix, group=group.repeat(H))             # [H * B * R, N]
+                                 Prefix(own_kv, length, sequence), shape, temperature=1.0))
+    tree = Tree(*map(torch.cat, zip(*drafts)))                                        # [H * B * R, ...]
+    choice, log_prob = score_inner_nodes(target, tree, Prefix(kv, length[::m], sequence[::m]), neighbours=m)
     _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [H * B * R]
     path, num_accepted, _ = accept(tree, choice, shape.depth + 1)
     rejected = torch.arange(shape.depth, device=roots.device) >= num_accepted[:, None]
@@ -76,39 +76,28 @@ def rollout_trees(target, heads, text, roots, shape, aggregator="lse", eta=1.0):
     return list(map(Trees, *(x.unflatten(0, (H, B, K * m)) for x in (reward, accepted, num_accepted))))
 
 
-def score_inner_nodes(target, tree, prefix, temperature=0.0, group=None):
-    """`score_nodes` of trees by a target forward over fewer nodes: without the leaves, half of them all, as how likely
-    a leaf is, its parent says; and with nodes that trees of a group, see `merge`, have in common only once. group [B],
-    None: each tree is one. The choice at a leaf is not to be used."""
-    group = torch.arange(len(tree.tokens), device=tree.tokens.device) if group is None else group
-    merged, first, at = merge(*(x.tolist() for x in (group, prefix.length, tree.tokens, tree.parents)))
-    width = max(map(len, merged))                                                     # W
-    padded = [list(nodes) + [(0, 0)] * (width - len(nodes)) for nodes in merged]
-    parents, tokens = torch.tensor(padded, device=group.device).clamp(min=0).unbind(-1)           # [G, W]
-    mask, uniform = ancestor_mask(parents, width), torch.rand(1, tokens.numel(), device=group.device)
-    prefix = prefix._replace(length=prefix.length[first], sequence=first if prefix.sequence is None else
-                             prefix.sequence[first])
+def score_inner_nodes(target, tree, prefix, temperature=0.0, neighbours=1):
+    """`score_nodes` of trees, by a target forward over fewer nodes: how likely a leaf is, half of them all, its parent
+    says, and what the trees of a group share is run once. The choice at a leaf is not to be used.
+
+    A group's trees stand behind as many neighbouring tokens of a text, from `prefix` [G] on, and become one tree: the
+    text is a path in it. tree [H * G * neighbours]: those of H heads one after another."""
+    groups, at, device = [{} for _ in prefix.length], [], tree.tokens.device
+    for b, (tokens, parents) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist())):
+        group, inner = groups[b // neighbours % len(groups)], set(parents)            # {(parent, token): node}
+        at.append([group.setdefault((at[-1][0] if b % neighbours else -1, tokens[0]), len(group))])
+        for i in range(1, len(tokens)):
+            at[b].append(group.setdefault((at[b][parents[i]], tokens[i]), len(group)) if i in inner else 0)
+    width = max(map(len, groups))                                                     # W, of which some are unused
+    nodes = torch.tensor([[*group, *[(0, 0)] * (width - len(group))] for group in groups], device=device)
+    parents, tokens = nodes.clamp(min=0).unbind(-1)                                   # [G, W]
+    mask, uniform = ancestor_mask(parents, width), torch.rand(1, tokens.numel(), device=device)
     hidden, *_ = target(tokens, prefix.length[:, None] + mask.sum(-1) - 1, mask, prefix, keep_kv=False)
-    at = group[:, None] * width + torch.tensor(at, device=group.device)               # [B, N] among all G * W nodes
+    group = torch.arange(len(at), device=device) // neighbours % len(groups)
+    at = torch.tensor(at, device=device) + group[:, None] * width                     # [B, N] among all G * W
     choice, log_prob = score_nodes(target.logits(hidden).flatten(0, 1)[None], tree.tokens.view(1, -1),
                                    at.gather(1, tree.parents).view(1, -1), temperature, uniform)
     return choice[0, at], log_prob.view_as(at).index_fill(1, at.new_zeros(1), 0.0)
-
-
-def merge(group, roots, tokens, parents):
-    """Trees of a group as one without leaves, by lists: of each tree its group, 0 onwards; the position of its root, in
-    a group no more than one behind those before; the tokens and parents of its nodes. -> of each group its nodes as
-    {(parent, token): number} and its first tree; of each tree the numbers of its nodes, 0 for leaves."""
-    merged, first, at, text = [], [], [], {}
-    for b, (g, root, words, above) in enumerate(zip(group, roots, tokens, parents)):
-        if g == len(merged):
-            merged.append({}), first.append(b)
-        nodes, inner = merged[g], set(above)
-        text[g, root] = nodes.setdefault((text.get((g, root - 1), -1), words[0]), len(nodes))
-        at.append([text[g, root]])
-        for i in range(1, len(words)):
-            at[b].append(nodes.setdefault((at[b][above[i]], words[i]), len(nodes)) if i in inner else 0)
-    return merged, first, at
 
 
 def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):

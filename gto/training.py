@@ -95,13 +95,10 @@ def train_head(stage, config, target, head, texts, out, objective=None, referenc
     if head.config.own_embedding:
         head.embed.requires_grad_(False)                                              # as a lent one
     see(target, texts)
-    kept = [[] for _ in range(config.accumulate)]
+    kept = {}
 
     def loss_of(part):
-        step, index = divmod(part, config.accumulate)
-        if step % config.rollout_steps == 0:
-            kept[index].clear()
-        batch = sample_batch(part, stage, config, target, head, reference, texts, kept[index])
+        batch = sample_batch(part, stage, config, target, head, reference, texts, kept)
         loss = token_loss(batch.log_q, batch.labels, batch.weight, batch.total)
         if objective is None:
             return loss, {}
@@ -121,6 +118,8 @@ def sample_batch(part, stage, config, target, head, reference, texts, kept):
     what the uninterrupted one would have."""
     device, parts = target.norm.weight.device, config.accumulate * ranks()
     step, index = divmod(part, config.accumulate)
+    if step % config.rollout_steps == 0:
+        kept[index] = []
     generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
     rows = torch.randint(len(texts.tokens), (parts * stage.batch,), generator=generator)
     supervised = texts.supervised[rows]                                               # [parts * B, T]
@@ -138,7 +137,7 @@ def sample_batch(part, stage, config, target, head, reference, texts, kept):
         text = target_forward(target, tokens, learnt)
     log_q, labels, weight = unroll_text(config, target, head, text)
     return Batch(config, target, head, reference, text, log_q, labels, weight, total,
-                 roots[mine].to(device), group_weight[mine].to(device), kept)
+                 roots[mine].to(device), group_weight[mine].to(device), kept[index])
 
 
 def see(target, texts):
@@ -165,10 +164,9 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
     """Run all optimiser steps, save the model; out/<name>.partial.pt resumes an interrupted run. UserError at a NaN.
 
     loss_of(part) -> (loss, {metric: value}); a step takes the mean over its `accumulate` parts, numbered on through the
-    training, and over the ranks of a torchrun. It must be a pure function of `part`, the rank and the model, and keep
-    nothing over a step at which SAVE_EVERY falls: then all runs, resumed ones too, are equal bit for bit on a CPU, with
-    the same number of threads; with others, or on a GPU, up to rounding. optimizers: their `lr` is the peak, after
-    `warmup` steps; it falls to 0. clip: gradient norm."""
+    training, and over the ranks of a torchrun. Of `part`, the rank and the model, which it may keep for less than
+    SAVE_EVERY steps, it must be a pure function: then all runs, resumed ones too, are equal bit for bit on a CPU, with
+    as many threads; else up to rounding. optimizers: `lr` is the peak, after `warmup` steps; clip: gradient norm."""
     name, steps, partial, log = stage.name, stage.steps, Path(out) / f"{stage.name}.partial.pt", Path(out) / "log.jsonl"
     start, seconds, recent = 0, 0.0, []
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]

@@ -164,17 +164,15 @@ def test_merged_trees_are_scored_as_each_by_itself(monkeypatch):
     text, shape = text_of(target), TreeShape(3, 4, 12)
     text.tokens[1, 10:12] = text.choice[1, 9:11]                   # trees find the text: not a consistent one
     text = target_forward(target, text.tokens)
-    places = [(0, 3), (1, 9), (1, 10), (1, 11), (1, 2)]            # row, root slot
+    places = [(0, 3), (0, 4), (0, 5), (1, 9), (1, 10), (1, 11)]    # row, root slot
     plain = [plain_tree(target, each, text, *place, shape) for each in (head, moved(head, target)) for place in places]
     tree, prefix, choice, log_prob = zip(*plain)
     tree, choice, log_prob = Tree(*map(torch.cat, zip(*tree))), torch.cat(choice), torch.cat(log_prob)
-    prefix = Prefix(text.kv, *(torch.cat(x) for x in list(zip(*prefix))[1:]))
-    inner = torch.zeros_like(choice).scatter(1, tree.parents, 1).bool()
-    nodes = []
-    forward = target.forward
+    length, row = (torch.cat(x) for x in list(zip(*prefix))[1:])
+    inner, nodes, forward = torch.zeros_like(choice).scatter(1, tree.parents, 1).bool(), [], target.forward
     monkeypatch.setattr(target, "forward", lambda *x, **y: nodes.append(x[0].numel()) or forward(*x, **y))
-    for group in None, torch.tensor([0, 1, 1, 1, 2]).repeat(2):
-        found, found_log_prob = score_inner_nodes(target, tree, prefix, group=group)
+    for prefix, m in (Prefix(text.kv, length, row), 1), (Prefix(text.kv, length[:6:3], row[:6:3]), 3):
+        found, found_log_prob = score_inner_nodes(target, tree, prefix, neighbours=m)
         torch.testing.assert_close(found_log_prob, log_prob)
         assert torch.equal(found[inner], choice[inner])
     assert nodes[1] < nodes[0] < choice.numel() and len(set(inner.sum(1).tolist())) > 1

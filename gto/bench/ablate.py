@@ -3,8 +3,9 @@
     python -m gto.bench.ablate                          the head in out, everything
     python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
 
-GTO trains for `steps` steps, what drafts no trees as long as that took. Finished runs are lines of results.jsonl, not
-run again; table.md shows all. Heads draft along the same texts, each at the score temperature best on other prompts."""
+GTO trains for `steps` steps; what drafts no trees as long as that took, and again, as NAME-steps, for as many steps on
+the same texts if `--equal` says so. Finished runs are lines of results.jsonl, not run again; table.md shows all. Heads
+draft along the same texts, each at the score temperature best on other prompts."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,11 @@ from statistics import mean
 
 import torch
 
-from gto import checkpoint
+from gto import checkpoint, loss
 from gto.bench.ceilings import ceilings
 from gto.config import check
 from gto.data import PROMPT, read_prompts
 from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
-from gto.loss import OBJECTIVES
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape
 from gto.util import UserError, append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
@@ -26,15 +26,36 @@ TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
 KEEP = {"objective": "keep", "omega": 3.0}
 
+
+def positive_objective(batch):
+    """GTO that pushes no accepted sequence down: only the positive part of the advantage."""
+    if not batch.kept:
+        *others, advantage, metrics = loss.rollout(batch)
+        batch.kept.extend((*others, advantage.clamp(min=0), metrics))
+    return loss.gto_objective(batch)
+
+
+def length_objective(batch):
+    """How many tokens of a chain are accepted on average if head and target both sample: a token is with probability
+    sum_x min(T(x), M(x)), one less the total variation, if all before it are."""
+    accepted = torch.minimum(batch.labels, batch.log_q.exp()).sum(-1) * batch.weight  # [B, R, J+1]
+    return -accepted.cumprod(-1).sum() / batch.total[0], {}
+
+
+OBJECTIVES = loss.OBJECTIVES | {"positive": positive_objective, "length": length_objective}
+
 # {table: {run: what differs from out/config.json}}. A control continues phase I: the token-level loss alone.
 TABLES = {
     "ceilings": {},
     "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
-                   "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
-    "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
+                   "gto-sharp": SHARP, "gto-positive": {"objective": "positive"}, "keep": KEEP,
+                   "keep-sharp": KEEP | SHARP, "length": {"objective": "length"}},
+    "groups": {f"m={m}": {"group_size": m, "groups": 64 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
     "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
+TREES = {name for name, changes in RECIPES.items() if not name.startswith("control")
+         and changes.get("objective", "gto") in ("gto", "positive")}
 
 
 class Ablation:
@@ -65,7 +86,8 @@ class Ablation:
 
     def train(self, name, seed):
         """Continue the phase-I head by a recipe, and record the outcome."""
-        config = replace(self.config, **RECIPES[name])
+        recipe = name.removesuffix("-steps")
+        config = replace(self.config, **RECIPES[recipe])
         objective = None if name.startswith("control") else OBJECTIVES[config.objective]
 
         def run(stage):
@@ -74,7 +96,7 @@ class Ablation:
             return head, checkpoint.seconds_of(self.folder, stage.name)
 
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
-        if objective is not OBJECTIVES["gto"]:    # its trees are dear: others take more sequences a step, more steps
+        if name == recipe and name not in TREES:   # which are dear: others take more sequences a step, more steps
             stage = stage._replace(batch=config.head_batch)
             pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
             stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
@@ -98,8 +120,9 @@ class Ablation:
             rows.append({"run": name, "seeds": len(runs), "steps": mean(run["steps"] for run in runs),
                          "seconds": f"{mean(run['seconds'] for run in runs):.0f}"})
             for T in ("T=0", "T=1"):
-                rows[-1] |= {f"tau, {T}": mean(mean(run[T]["tau"]) for run in runs),
-                             f"over control, {T}": over_control(results, name, T)}
+                rows[-1][f"tau, {T}"] = mean(mean(run[T]["tau"]) for run in runs)
+                rows[-1] |= {f"over {each}, {T}": over_control(results, name, T, each)
+                             for each in ("control", "control-steps") if each in results}
         limits = [results["draft"][0][T]["ceilings"] for T in ("T=0", "T=1")]
         text = ("Phase I's tau and ceilings, on the prompts that choose score temperatures; by rank of candidates"
                 f" what their scores promise / what is accepted.\n\n{table(limits)}\n\ntau with tree {self.shape};"
@@ -116,11 +139,11 @@ def read_results(folder):
     return results
 
 
-def over_control(results, name, T):
+def over_control(results, name, T, control="control"):
     """'+0.031 ± 0.020': tau less control's, paired by prompt and seed; '' if there is none to compare with. Standard
     errors over prompts and over seeds are added as if independent, which is rather too wide."""
-    pairs = list(zip(results[name], results.get("control", ())))
-    if name == "control" or not pairs:
+    pairs = list(zip(results[name], results.get(control, ())))
+    if name == control or not pairs:
         return ""
     gains = torch.tensor([a[T]["tau"] for a, _ in pairs]) - torch.tensor([b[T]["tau"] for _, b in pairs])
     samples = (gains.mean(0), gains.mean(1)) if len(gains) > 1 else gains             # of [seeds, prompts]
@@ -135,6 +158,7 @@ def main(argv=None):
                         help="tables and runs: %(choices)s")
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--steps", type=at_least(1), help="of a run of GTO; default: the config's")
+    parser.add_argument("--equal", nargs="+", choices=("time", "steps"), default=["time"], help="to a run of GTO")
     parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
@@ -147,9 +171,11 @@ def main(argv=None):
     names = {name for item in arguments.only for name in TABLES.get(item, [item])}
     names |= {"gto", "control"} if names else set()
     for seed in range(arguments.seeds):                               # wherever it stops, seeds can be compared
-        for name in RECIPES:
-            if name in names and seed >= len(results.get(name, ())):
-                ablation.train(name, seed)
+        for name in [name for name in RECIPES if name in names]:
+            runs = [name + {"time": "", "steps": "-steps"}[each] for each in arguments.equal]
+            for run in [name] if name in TREES else runs:
+                if seed >= len(results.get(run, ())):
+                    ablation.train(run, seed)
     print((ablation.folder / "table.md").read_text())
 
 
