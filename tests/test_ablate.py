@@ -169,7 +169,7 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
         "draft.pt", "ablate/gto-seed1.pt", "ablate/control-seed1.pt", "ablate/keep-seed1.pt"))
     assert not any(torch.equal(before, weight) for weight in after)
 
-    table, results = ablation("--only length gto-positive --equal steps --seeds 1"), ablate.read_results(out / "ablate")
+    table, results = ablation("--only length-steps control-steps gto-positive --seeds 1"), ablate.read_results(out / "ablate")
     assert {name: runs[0]["steps"] for name, runs in results.items() if "-" in name} == {
         "gto-positive": 2, "control-steps": 2, "length-steps": 2}
     assert "over control-steps, T=0" in table and len(results["control"]) == 2

@@ -3,9 +3,9 @@
     python -m gto.bench.ablate                          the head in out, everything
     python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
 
-GTO trains for `steps` steps; what drafts no trees as long as that took, and again, as NAME-steps, for as many steps on
-the same texts if `--equal` says so. Finished runs are lines of results.jsonl, not run again; table.md shows all. Heads
-draft along the same texts, each at the score temperature best on other prompts."""
+GTO trains for `steps` steps; what drafts no trees as long as that took, or, named NAME-steps, as many steps on the same
+texts. Finished runs are lines of results.jsonl, not run again; table.md shows all. Heads draft along the same texts,
+each at the score temperature best on other prompts."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from gto.util import UserError, append_log, argument_parser, at_least, main_guar
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
-KEEP = {"objective": "keep", "omega": 3.0}
+KEEP, LENGTH = {"objective": "keep", "omega": 3.0}, {"objective": "length"}
 
 
 def positive_objective(batch):
@@ -49,13 +49,12 @@ TABLES = {
     "ceilings": {},
     "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
                    "gto-sharp": SHARP, "gto-positive": {"objective": "positive"}, "keep": KEEP,
-                   "keep-sharp": KEEP | SHARP, "length": {"objective": "length"}},
+                   "keep-sharp": KEEP | SHARP, "length": LENGTH},
+    "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP, "length-steps": LENGTH},
     "groups": {f"m={m}": {"group_size": m, "groups": 64 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
     "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
-TREES = {name for name, changes in RECIPES.items() if not name.startswith("control")
-         and changes.get("objective", "gto") in ("gto", "positive")}
 
 
 class Ablation:
@@ -86,8 +85,7 @@ class Ablation:
 
     def train(self, name, seed):
         """Continue the phase-I head by a recipe, and record the outcome."""
-        recipe = name.removesuffix("-steps")
-        config = replace(self.config, **RECIPES[recipe])
+        config = replace(self.config, **RECIPES[name])
         objective = None if name.startswith("control") else OBJECTIVES[config.objective]
 
         def run(stage):
@@ -96,7 +94,8 @@ class Ablation:
             return head, checkpoint.seconds_of(self.folder, stage.name)
 
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
-        if name == recipe and name not in TREES:   # which are dear: others take more sequences a step, more steps
+        trees = objective in (loss.gto_objective, positive_objective)
+        if not trees and not name.endswith("-steps"):     # trees are dear: others take more sequences a step, more steps
             stage = stage._replace(batch=config.head_batch)
             pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
             stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
@@ -158,7 +157,6 @@ def main(argv=None):
                         help="tables and runs: %(choices)s")
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--steps", type=at_least(1), help="of a run of GTO; default: the config's")
-    parser.add_argument("--equal", nargs="+", choices=("time", "steps"), default=["time"], help="to a run of GTO")
     parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
@@ -171,11 +169,9 @@ def main(argv=None):
     names = {name for item in arguments.only for name in TABLES.get(item, [item])}
     names |= {"gto", "control"} if names else set()
     for seed in range(arguments.seeds):                               # wherever it stops, seeds can be compared
-        for name in [name for name in RECIPES if name in names]:
-            runs = [name + {"time": "", "steps": "-steps"}[each] for each in arguments.equal]
-            for run in [name] if name in TREES else runs:
-                if seed >= len(results.get(run, ())):
-                    ablation.train(run, seed)
+        for name in RECIPES:
+            if name in names and seed >= len(results.get(name, ())):
+                ablation.train(name, seed)
     print((ablation.folder / "table.md").read_text())
 
 
