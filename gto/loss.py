@@ -97,7 +97,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor        # [B, R, J+1, V']
     weight: torch.Tensor        # [B, R, J+1] bool: supervised
     total: torch.Tensor         # [J+1] supervised positions of a whole step, over the number of its parts
-    roots: torch.Tensor         # [B, K * m] root slots of the groups
+    roots: torch.Tensor         # [B, K, m] root slots of the groups
     group_weight: torch.Tensor  # [B, K] of each group in the mean, 0 where there is none
     kept: list                  # what an objective keeps for its next steps: empty in every `rollout_steps`-th
 
@@ -108,24 +108,22 @@ def gto_objective(batch):
     if not batch.kept:
         batch.kept.extend(rollout(batch))
     text, roots, trees, reference_log_q, advantage, metrics = batch.kept
-    log_q = sequence_log_prob(batch.head, text, roots, trees)                         # [B, K * m], with gradient
-    s = ratio(log_q, reference_log_q, trees.length).view_as(advantage)                # [B, K, m]
-    return surrogate(s, advantage, batch.config.eps), metrics
+    log_q = sequence_log_prob(batch.head, text, roots, trees)                         # [B, K, m], with gradient
+    return surrogate(ratio(log_q, reference_log_q, trees.length), advantage, batch.config.eps), metrics
 
 
 @torch.no_grad()
 def rollout(batch):
     """Trees of both heads at groups of positions, rewarded by the target: what of GTO carries no gradient."""
     config, text, roots, shape = batch.config, batch.text, batch.roots, TreeShape.parse(batch.config.tree)
-    groups = roots.view(*batch.group_weight.shape, config.group_size)                 # [B, K, m]
-    trees, reference_trees = rollout_trees(batch.target, (batch.head, batch.reference), text, groups, shape,
-                                           config.aggregator, config.eta)
+    trees, reference_trees = rollout_trees(batch.target, (batch.head, batch.reference), text, roots, shape,
+                                           config.aggregator, config.eta)             # [B, K, m]
     reference_log_q = sequence_log_prob(batch.reference, text, roots, trees)
     gain = debias(trees.reward, reference_trees.reward) if config.debias else trees.reward
     weight = batch.group_weight[..., None] * batch.group_weight.numel()               # `surrogate` is linear in A
-    advantage = advantages(gain.view_as(groups), config.delta) * weight
+    advantage = advantages(gain, config.delta) * weight
     metrics = {"reward": trees.reward, "gain": gain, "accepted": trees.length}
-    metrics = {name: (value.view_as(groups) * weight).mean() for name, value in metrics.items()}
+    metrics = {name: (value * weight).mean() for name, value in metrics.items()}
     return text._replace(kv=None), roots, trees, reference_log_q, advantage, metrics
 
 

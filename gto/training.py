@@ -134,7 +134,7 @@ def sample_batch(part, stage, config, target, head, reference, texts, kept):
         seen = (torch.cat(parts)[:, :width] for parts in zip(*(texts.seen[row] for row in rows[mine])))
         text = Text(tokens, *seen, None, learnt)
     else:
-        text = target_forward(target, tokens, learnt)
+        text = target_forward(target, tokens)._replace(supervised=learnt)
     log_q, labels, weight = unroll_text(config, target, head, text)
     return Batch(config, target, head, reference, text, log_q, labels, weight, total,
                  roots[mine].to(device), group_weight[mine].to(device), kept[index])

@@ -109,18 +109,12 @@ def test_differences_are_paired_by_prompt_and_seed():
     assert ablate.over_control(results, "control", "T=0") == ablate.over_control({"keep": [1]}, "keep", "T=0") == ""
 
 
-def test_own_objectives():
+def test_positive_part_of_the_advantage():
     target, head = tiny_models(seed=3)
     batch = batch_of(CONFIG, target, head, moved(head, target), text_of(target))
     whole, half = [], []
     gto, positive = gto_objective(batch._replace(kept=whole)), ablate.positive_objective(batch._replace(kept=half))
     assert whole[4].min() < 0 == half[4].min() and torch.equal(half[4], whole[4].relu()) and gto[0] != positive[0]
-
-    q, p, weight = torch.rand(1, 2, 3, 5).softmax(-1), torch.rand(1, 2, 3, 5).softmax(-1), torch.ones(1, 2, 3)
-    weight[0, 1, 1] = 0                                            # behind what is not supervised nothing counts
-    found, _ = ablate.length_objective(batch._replace(log_q=q.log(), labels=p, weight=weight, total=torch.tensor([2])))
-    a = [[1 - (p - q)[0, r, j].abs().sum().item() / 2 for j in range(3)] for r in range(2)]
-    assert found.item() == pytest.approx(-(a[0][0] * (1 + a[0][1] * (1 + a[0][2])) + a[1][0]) / 2, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +163,9 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
         "draft.pt", "ablate/gto-seed1.pt", "ablate/control-seed1.pt", "ablate/keep-seed1.pt"))
     assert not any(torch.equal(before, weight) for weight in after)
 
-    table, results = ablation("--only length-steps control-steps gto-positive --seeds 1"), ablate.read_results(out / "ablate")
-    assert {name: runs[0]["steps"] for name, runs in results.items() if "-" in name} == {
-        "gto-positive": 2, "control-steps": 2, "length-steps": 2}
+    table, results = ablation("--only steps gto-positive --seeds 1"), ablate.read_results(out / "ablate")
+    assert {name: runs[0]["steps"] for name, runs in results.items() if "-" in name} == dict.fromkeys(
+        ("gto-positive", "control-steps", "control-sharp-steps", "keep-steps"), 2)
     assert "over control-steps, T=0" in table and len(results["control"]) == 2
 
     for changed, message in (("--steps 3", "gto_steps"), ("--tree 3,3,7", "tree"), ("--only x", "choose from")):

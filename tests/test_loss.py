@@ -125,22 +125,22 @@ def test_rollouts_draft_and_score_what_decoding_would():
     """Trees that share their sequence's cache, against an engine that decodes each prefix by itself."""
     target, head = tiny_models(seed=5)
     text, shape = text_of(target, rows=2, length=20), TreeShape(3, 3, 10)
-    roots = torch.tensor([[0, 4, 9], [2, 3, 15]])
-    trees, = rollout_trees(target, [head], text, roots[..., None], shape)      # groups of one
+    roots = torch.tensor([[0, 4, 9], [2, 3, 15]])[..., None]       # groups of one
+    trees, = rollout_trees(target, [head], text, roots, shape)
     log_q = sequence_log_prob(head, text, roots, trees)
     seen = 0
     for b in range(2):
         for r in range(3):
-            prefix = text.tokens[b, :roots[b, r] + 1].tolist()     # the root token follows
+            prefix = text.tokens[b, :roots[b, r, 0] + 1].tolist()  # the root token follows
             engine = Engine(target, head, shape, score_temp=1.0)
             engine.prefill([prefix])
-            engine.emitted[0, 0] = text.tokens[b, roots[b, r] + 1]
+            engine.emitted[0, 0] = text.tokens[b, roots[b, r, 0] + 1]
             tree = engine.draft()
             engine.verify(tree)
             n = int(engine.num_accepted)
             assert trees.length[b, r] == n
             accepted = engine.emitted[0, :n].tolist()
-            assert trees.accepted[b, r].tolist() == accepted + [0] * (shape.depth - n)
+            assert trees.accepted[b, r, 0].tolist() == accepted + [0] * (shape.depth - n)
             scores = {tuple(tree.tokens[0, tree.mask[0, i]].tolist()[1:]): tree.scores[0, i].item() for i in range(11)}
             assert log_q[b, r].item() == pytest.approx(scores[tuple(accepted)], abs=1e-3)
             seen += n
@@ -188,7 +188,7 @@ def test_gradient_of_a_rollout_equals_plain_trees():
         loss, metrics = gto_objective(batch)
         found.append((loss, *torch.autograd.grad(loss, list(head.parameters()), allow_unused=True)))
     gains, ratios, lengths = [], [], []
-    for b, row in enumerate(batch.roots.tolist()):
+    for b, row in enumerate(batch.roots.flatten(1).tolist()):
         for root in row:
             rewards = []
             for each in (reference, head):
@@ -196,12 +196,13 @@ def test_gradient_of_a_rollout_equals_plain_trees():
                 rewards.append(tree_reward(log_prob, tree.parents, tree.mask)[2])
             path, length, _ = accept(tree, choice, shape.depth + 1)
             tokens = tree.tokens[0, path[0, 1:length + 1]]
-            chain = F.pad(tokens, (0, shape.depth - len(tokens)))[None, None]
+            chain = F.pad(tokens, (0, shape.depth - len(tokens)))[None, None, None]
             alone = SimpleNamespace(features=text.features[b:b + 1], tokens=text.tokens[b:b + 1])
-            log_q, log_q0 = (sequence_log_prob(each, alone, torch.tensor([[root]]), Trees(None, chain, length[None]))
+            found_tree = Trees(None, chain, length[None, None])
+            log_q, log_q0 = (sequence_log_prob(each, alone, torch.tensor([[[root]]]), found_tree)
                              for each in (head, reference))
             gains.append(debias(rewards[1], rewards[0])), lengths.append(length)
-            ratios.append(ratio(log_q, log_q0.detach(), length)[0])
+            ratios.append(ratio(log_q, log_q0.detach(), length).flatten())
     K, m = CONFIG.groups, CONFIG.group_size
     advantage = advantages(torch.cat(gains).view(2, K, m), CONFIG.delta)
     loss = surrogate(torch.cat(ratios).view(2, K, m), advantage, CONFIG.eps)
@@ -220,7 +221,7 @@ def test_groups_are_adjacent_and_do_not_overlap():
         roots, valid = sample_groups(supervised, 6, 8, 5, torch.Generator().manual_seed(seed))
         assert valid.sum(1).tolist()[::2] == [6, 0] and valid[1].sum() >= 4
         for b in range(2):
-            slots = roots[b].view(6, 8)[valid[b]]
+            slots = roots[b, valid[b]]
             assert (slots.diff(dim=1) == 1).all() and slots.flatten().unique().numel() == slots.numel()
             assert slots.min() >= 0 and slots.max() + 1 + 5 < 100
             assert supervised[b, slots + 1].all() and supervised[b, slots + 2].all()

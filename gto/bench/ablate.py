@@ -24,7 +24,7 @@ from gto.util import UserError, append_log, argument_parser, at_least, main_guar
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
-KEEP, LENGTH = {"objective": "keep", "omega": 3.0}, {"objective": "length"}
+KEEP = {"objective": "keep", "omega": 3.0}
 
 
 def positive_objective(batch):
@@ -35,22 +35,15 @@ def positive_objective(batch):
     return loss.gto_objective(batch)
 
 
-def length_objective(batch):
-    """How many tokens of a chain are accepted on average if head and target both sample: a token is with probability
-    sum_x min(T(x), M(x)), one less the total variation, if all before it are."""
-    accepted = torch.minimum(batch.labels, batch.log_q.exp()).sum(-1) * batch.weight  # [B, R, J+1]
-    return -accepted.cumprod(-1).sum() / batch.total[0], {}
-
-
-OBJECTIVES = loss.OBJECTIVES | {"positive": positive_objective, "length": length_objective}
+OBJECTIVES = loss.OBJECTIVES | {"positive": positive_objective}
 
 # {table: {run: what differs from out/config.json}}. A control continues phase I: the token-level loss alone.
 TABLES = {
     "ceilings": {},
     "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
                    "gto-sharp": SHARP, "gto-positive": {"objective": "positive"}, "keep": KEEP,
-                   "keep-sharp": KEEP | SHARP, "length": LENGTH},
-    "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP, "length-steps": LENGTH},
+                   "keep-sharp": KEEP | SHARP},
+    "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP},
     "groups": {f"m={m}": {"group_size": m, "groups": 64 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
     "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
@@ -95,7 +88,7 @@ class Ablation:
 
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
         trees = objective in (loss.gto_objective, positive_objective)
-        if not trees and not name.endswith("-steps"):     # trees are dear: others take more sequences a step, more steps
+        if not trees and not name.endswith("-steps"):     # trees are dear: others take more texts a step, more steps
             stage = stage._replace(batch=config.head_batch)
             pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
             stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
