@@ -86,13 +86,12 @@ def score_inner_nodes(target, tree, prefix, temperature=0.0, neighbours=1):
         at.append([group.setdefault((at[-1][0] if b % neighbours else -1, tokens[0]), len(group))])
         for i in range(1, len(tokens)):
             at[b].append(group.setdefault((at[b][parents[i]], tokens[i]), len(group)) if i in inner else 0)
-    width = max(map(len, groups))                                                     # W, of which some are unused
-    nodes = torch.tensor([[*group, *[(0, 0)] * (width - len(group))] for group in groups], device=device)
-    parents, tokens = nodes.clamp(min=0).unbind(-1)                                   # [G, W]
-    mask, uniform = ancestor_mask(parents, width), torch.rand(1, tokens.numel(), device=device)
+    nodes = torch.nn.utils.rnn.pad_sequence([torch.tensor(list(group)) for group in groups], batch_first=True)
+    parents, tokens = nodes.clamp(min=0).to(device).unbind(-1)                        # [G, W]
+    mask, uniform = ancestor_mask(parents, tokens.shape[1]), torch.rand(1, tokens.numel(), device=device)
     hidden, *_ = target(tokens, prefix.length[:, None] + mask.sum(-1) - 1, mask, prefix, keep_kv=False)
     group = torch.arange(len(at), device=device) // neighbours % len(groups)
-    at = torch.tensor(at, device=device) + group[:, None] * width                     # [B, N] among all G * W
+    at = torch.tensor(at, device=device) + group[:, None] * tokens.shape[1]           # [B, N] among all G * W
     choice, log_prob = score_nodes(target.logits(hidden).flatten(0, 1)[None], tree.tokens.view(1, -1),
                                    at.gather(1, tree.parents).view(1, -1), temperature, uniform)
     return choice[0, at], log_prob.view_as(at).index_fill(1, at.new_zeros(1), 0.0)
