@@ -44,7 +44,7 @@ TABLES = {
                    "gto-sharp": SHARP, "gto-positive": {"objective": "positive"}, "keep": KEEP,
                    "keep-sharp": KEEP | SHARP},
     "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP},
-    "groups": {f"m={m}": {"group_size": m, "groups": 64 // m} for m in (1, 4, 16, 32)},
+    "groups": {f"m={m}": {"group_size": m, "groups": 32 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
     "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
