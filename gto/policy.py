@@ -98,8 +98,12 @@ class Rule:
         node = (costs.verify[-1] - costs.verify[0]) / self.sizes[-1]
         self.level_cost = [*np.diff(costs.draft) + 2 * node, float("inf")]            # of another level, with two nodes
         self.accepted = self.promised = 2.0
-        self.tokens, self.seconds = 20.0, 20 * self.costs.verify[0]                   # as if by plain decoding
+        self.tokens, self.seconds = 20.0, 20 * costs.verify[0]                        # as if by plain decoding
         self.wait, self.patience = 0, 1
+
+    def rate(self):
+        """Tokens a second that time is worth: what decoding makes of it, or would make without drafts."""
+        return max(self.tokens / self.seconds, 1 / self.costs.verify[0])
 
     def stop(self, observation):
         """observation [width] of one draft."""
@@ -110,13 +114,13 @@ class Rule:
         best, frontier = seen[2], seen[2:2 + self.space.top_k].sum()
         promised = (best ** (1 + 1 / drafted) + frontier ** (1 + 1 / drafted)) / 2
         gain = (self.accepted / self.promised) ** 2 * promised
-        return gain < self.level_cost[drafted - 1] * self.tokens / self.seconds
+        return gain < self.level_cost[drafted - 1] * self.rate()
 
     def size(self, observation):
         seen = np.asarray(observation)
         promised = np.append(0, seen[2 + self.space.top_k:].cumsum())[self.sizes]     # [sizes]
         cost = self.costs.draft[round(float(seen[0] * self.space.depth)) - 1] + self.costs.verify
-        size = int((self.accepted / self.promised * promised - cost * self.tokens / self.seconds).argmax())
+        size = int((self.accepted / self.promised * promised - cost * self.rate()).argmax())
         self.cycle = promised[size], cost[size]
         self.wait, self.patience = (0, 1) if size else (self.patience - 1, min(2 * self.patience, self.longest_wait))
         return size
