@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from kernels import is_modern
+
+DTYPES = ("float32", "bfloat16", "float16")
 MOST = 2**32 - 1    # no number of a flag is larger
 
 
@@ -110,6 +113,13 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def compute_dtype(device, name=None):
+    """What models compute in, as --dtype says or by the device: bfloat16 on a GPU that has it (older ones emulate it,
+    and crawl, whatever torch.cuda.is_bf16_supported() says), else float32. float16 is no device's own: without a
+    scaler its gradients vanish, and features of released targets may overflow."""
+    return getattr(torch, name) if name else torch.bfloat16 if is_modern(torch.device(device)) else torch.float32
+
+
 def one_thread_if_small(target):
     """For decoding one sequence on a CPU: a small target's matrix products are over before a second thread is awake
     (measured: twice as slow with two). A large one's wait for memory, and training's are large: these want them all."""
@@ -124,6 +134,8 @@ def start(device):
         # Now, because its default arguments are the group there is at import. They would keep it alive, and gloo's
         # threads with it, till after the interpreter, which aborts if one of them is still busy.
         from torch.distributed.nn import functional  # noqa: F401
+        if device.startswith("cuda:"):
+            raise UserError(f"--device {device}: under torchrun each rank takes a GPU of its own, --device cuda")
         if device == "cuda":
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
@@ -135,9 +147,11 @@ def start(device):
     if device != "cpu" and not device.startswith("cuda"):
         raise UserError(f"--device {device}: must be cpu or cuda, or cuda:1 and so on for one of several")
     try:
-        torch.zeros(1, device=device)
+        found = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if found.type == "cuda":
+        torch.cuda.set_device(found)                               # kernels are launched on the current device
 
 
 def rank():

@@ -18,14 +18,15 @@ from gto.evaluate import speeds
 from gto.page import watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, ranks, start, table
+from gto.util import (DTYPES, UserError, argument_parser, at_least, compute_dtype, main_guard, one_thread_if_small,
+                      ranks, start, table)
 from gto.verify import Sampling
 
 
 def load(arguments):
     """What the flags name. -> target, {method: function of sampling and capacity -> Engine}, encoding, questions."""
     out = run_folder(arguments.out_dir, arguments.target)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    dtype = compute_dtype(arguments.device, arguments.dtype)
     path = arguments.target or out / "target.pt"
     target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
     one_thread_if_small(target)
@@ -136,12 +137,14 @@ def main(argv=None):
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
     parser.add_argument("--report", metavar="FILE.html", help="a page with figures, and a decode")
     parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
     arguments = parser.parse_args(argv)
-    start("cuda" if arguments.shape else arguments.device)
+    start("cuda" if arguments.shape and arguments.device == "cpu" else arguments.device)
     if arguments.shape:
-        report = roofline.report(arguments.shape, arguments.tree or (TreeShape(10, 8, 59), TreeShape(1, 7, 7)))
+        trees = arguments.tree or (TreeShape(10, 8, 59), TreeShape(1, 7, 7))
+        report = roofline.report(arguments.shape, trees, compute_dtype("cuda", arguments.dtype))
     else:
         report = benchmark(*load(arguments), arguments)
     print(table(report["rows"]))

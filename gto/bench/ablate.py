@@ -20,7 +20,8 @@ from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
 from gto.loss import OBJECTIVES
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape
-from gto.util import UserError, append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
+from gto.util import (UserError, append_log, argument_parser, at_least, compute_dtype, main_guard, reading, start,
+                      table, write_text)
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
@@ -43,7 +44,7 @@ class Ablation:
     def __init__(self, arguments):
         """UserError if the results' folder was begun with other steps or another tree."""
         start(arguments.device)
-        out, dtype = Path(arguments.out_dir), None if arguments.device == "cpu" else torch.bfloat16
+        out, dtype = Path(arguments.out_dir), compute_dtype(arguments.device)
         config, self.folder = checkpoint.load_config(out), out / arguments.name
         if self.folder.resolve().parent != out.resolve():
             raise UserError(f"--name {arguments.name}: must be the name of a folder in {out}")

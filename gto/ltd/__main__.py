@@ -15,7 +15,7 @@ from gto.ltd.policy import Learned, Rule, Space, policy_path, save_policy
 from gto.ltd.ppo import learn
 from gto.ltd.replay import best_fixed, decide, measure, oracle, record, replay
 from gto.tree import TreeShape
-from gto.util import argument_parser, main_guard, one_thread_if_small, start, table, write_text
+from gto.util import argument_parser, compute_dtype, main_guard, one_thread_if_small, start, table, write_text
 from gto.verify import Sampling
 
 # On a CPU small trees win, or none: one token alone is much cheaper than two. On a GPU dozens of nodes cost little.
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     start(arguments.device)
-    out, dtype = Path(arguments.out_dir), torch.bfloat16 if arguments.device == "cuda" else None
+    out, dtype = Path(arguments.out_dir), compute_dtype(arguments.device)
     config = load_config(out)
     corpus = Corpus(arguments.data or f"data/{config.dataset}")
     target = load_target(out / "target.pt", arguments.device, dtype)
