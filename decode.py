@@ -23,13 +23,12 @@ from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
 from gto.tokenizer import StreamDecoder, end_of_text_id
 from gto.tree import TreeShape
-from gto.util import (DTYPES, UserError, argument_parser, at_least, compute_dtype, main_guard, one_thread_if_small,
-                      rank, ranks, start)
+from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start
 from gto.verify import Sampling
 
 
 def parse_arguments():
-    parser = argument_parser("python decode.py", __doc__)
+    parser = argument_parser("python decode.py", __doc__, "--device", "--dtype")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--method", choices=("ar", "draft", "control", "gto"), default="gto",
                         help="ar: plain decoding; else the head train.py left under this name (default: gto)")
@@ -49,8 +48,6 @@ def parse_arguments():
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
     parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU that has it, else float32")
     arguments = parser.parse_args()
     if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree
                                      or arguments.report):
@@ -83,10 +80,9 @@ def main():
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     out = run_folder(arguments.out_dir, arguments.target)
     path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"
-    dtype = compute_dtype(arguments.device, arguments.dtype)
-    target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
+    target = load_target(path, arguments.device, arguments.dtype, ranks="split" if ranks() > 1 else None)
     one_thread_if_small(target)
-    head = load_head(head_path, target, dtype) if arguments.method != "ar" else None
+    head = load_head(head_path, target, target.norm.weight.dtype) if arguments.method != "ar" else None
     encoding = load_encoding(arguments.tokenizer or path)
     if arguments.chat:
         from gto.released import chat

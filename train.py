@@ -25,11 +25,11 @@ from gto.data import Corpus, ensure_data
 from gto.loss import OBJECTIVES
 from gto.model import cast
 from gto.training import Stage, Texts, copy_of, new_head, train_head, train_target, write_texts
-from gto.util import UserError, argument_parser, compute_dtype, main_guard, rank, ranks, start, wait
+from gto.util import UserError, argument_parser, main_guard, rank, ranks, start, wait
 
 
 def parse_arguments():
-    parser = argument_parser("python train.py", __doc__)
+    parser = argument_parser("python train.py", __doc__, "--device")
     parser.add_argument("--preset", choices=configs.PRESETS, help="default: what fits the device")
     parser.add_argument("--stage", choices="target text draft gto table".split(), default="table", help="stop after it")
     parser.add_argument("--out-dir", help="where checkpoints, log and table go (default: out, or out/<target>)")
@@ -38,7 +38,6 @@ def parse_arguments():
     parser.add_argument("--head", help="with --target: start from this head, ours or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="with --target: default its folder")
     parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.get if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
@@ -64,7 +63,7 @@ def own_target(arguments, config, out):
     remember_config(out, config, corpus)
     if not exists(out / "target.pt"):
         train_target(config, corpus, out, device)
-    return corpus, load_target(out / "target.pt", device, compute_dtype(device))
+    return corpus, load_target(out / "target.pt", device)
 
 
 def released_target(arguments, config, out):

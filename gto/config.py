@@ -96,16 +96,6 @@ PRESETS = {
                    warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
 }
 
-
-def fitting(device, released):
-    """The preset for a device, to train a target or for a released one: by a GPU's memory, and whether it is fast."""
-    if torch.device(device).type != "cuda":
-        return "chat" if released else "laptop"
-    memory = torch.cuda.get_device_properties(device).total_memory
-    large = memory > 20e9 and compute_dtype(device) == torch.bfloat16
-    return (("gpu-small", "gpu"), ("chat", "real"))[released][large]
-
-
 CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False)}
 LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr", "muon_lr", "omega", "delta", "eps"),
                       0) | {"eval_prompts": 4, "eval_tokens": 2}
@@ -136,3 +126,10 @@ def check(c):
     if c.length <= max(c.prompt_length, c.unroll + 2, c.group_size + tree.depth + 1):
         raise UserError(f"--length {c.length}: too short for --prompt-length, --unroll, or --group-size and the --tree")
     return c
+
+
+def fitting(device, released):
+    """The preset for a device, to train a target or for a released one: by a GPU's memory, and whether it is fast."""
+    large = compute_dtype(device) == torch.bfloat16 and torch.cuda.get_device_properties(device).total_memory > 20e9
+    sizes = ("chat", "chat", "real") if released else ("laptop", "gpu-small", "gpu")
+    return sizes[(torch.device(device).type == "cuda") + large]

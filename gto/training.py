@@ -16,7 +16,7 @@ from gto.rollout import Text, sample_groups, target_forward
 from gto.tree import TreeShape
 from gto.util import UserError, append_log, average, compute_dtype, rank, ranks, reading
 from gto.verify import Sampling
-from kernels import runs_triton
+from kernels import HAS_TRITON, is_modern
 from kernels.muon import Muon
 
 SAVE_EVERY = 200        # steps: a multiple of the 10 after which a loss that is no number is found
@@ -44,7 +44,7 @@ def train_target(config, corpus, out, device):
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim")}
     target = Target(ModelConfig(corpus.vocab_size, **shape, max_len=4 * config.length)).init_weights().to(device)
-    forward = torch.compile(target) if runs_triton(torch.device(device)) else target
+    forward = torch.compile(target) if HAS_TRITON and is_modern(torch.device(device)) else target
 
     def loss_of(part):
         batch = corpus.batch("train", part, config.target_batch * ranks(), config.length, config.seed)

@@ -13,8 +13,9 @@ from torch import distributed
 
 from kernels import is_modern
 
-DTYPES = ("float32", "bfloat16", "float16")
 MOST = 2**32 - 1    # no number of a flag is larger
+FLAGS = {"--device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},    # of several programs
+         "--dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "default: what the device is fast at"}}
 
 
 class UserError(Exception):
@@ -34,8 +35,8 @@ def main_guard(main):
     sys.exit(2)
 
 
-def argument_parser(command, description):
-    """An ArgumentParser whose complaints are UserErrors. command: how the program is called, "python train.py"."""
+def argument_parser(command, description, *flags):
+    """An ArgumentParser, with these FLAGS, whose complaints are UserErrors. command: as in "python train.py"."""
     parser = argparse.ArgumentParser(prog=command, description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -43,6 +44,8 @@ def argument_parser(command, description):
         raise UserError(f"{message} ({command} --help shows all flags)")
 
     parser.error = error
+    for flag in flags:
+        parser.add_argument(flag, **FLAGS[flag])
     return parser
 
 
@@ -113,11 +116,10 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def compute_dtype(device, name=None):
-    """What models compute in, as --dtype says or by the device: bfloat16 on a GPU that has it (older ones emulate it,
-    and crawl, whatever torch.cuda.is_bf16_supported() says), else float32. float16 is no device's own: without a
-    scaler its gradients vanish, and features of released targets may overflow."""
-    return getattr(torch, name) if name else torch.bfloat16 if is_modern(torch.device(device)) else torch.float32
+def compute_dtype(device):
+    """What models compute in if nobody says: bfloat16 on a GPU that has it (older ones emulate it and crawl, whatever
+    torch.cuda.is_bf16_supported() says), else float32. Not float16: without a scaler its gradients vanish."""
+    return torch.bfloat16 if is_modern(torch.device(device)) else torch.float32
 
 
 def one_thread_if_small(target):
@@ -134,8 +136,6 @@ def start(device):
         # Now, because its default arguments are the group there is at import. They would keep it alive, and gloo's
         # threads with it, till after the interpreter, which aborts if one of them is still busy.
         from torch.distributed.nn import functional  # noqa: F401
-        if device.startswith("cuda:"):
-            raise UserError(f"--device {device}: under torchrun each rank takes a GPU of its own, --device cuda")
         if device == "cuda":
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
@@ -147,11 +147,10 @@ def start(device):
     if device != "cpu" and not device.startswith("cuda"):
         raise UserError(f"--device {device}: must be cpu or cuda, or cuda:1 and so on for one of several")
     try:
-        found = torch.zeros(1, device=device).device
+        if (found := torch.zeros(1, device=device).device).type == "cuda":
+            torch.cuda.set_device(found)                           # kernels are launched on the current device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if found.type == "cuda":
-        torch.cuda.set_device(found)                               # kernels are launched on the current device
 
 
 def rank():

@@ -19,10 +19,6 @@ def is_modern(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def runs_triton(device: torch.device) -> bool:
-    return HAS_TRITON and is_modern(device)
-
-
 def use_triton(x: torch.Tensor) -> bool:
     """The kernels have no backward pass: training goes through plain PyTorch."""
-    return x.is_cuda and not torch.is_grad_enabled() and runs_triton(x.device)
+    return x.is_cuda and not torch.is_grad_enabled() and HAS_TRITON and is_modern(x.device)

@@ -1,11 +1,9 @@
 """Muon, the optimiser of hidden matrices: few large operations, all matrices of a shape at once."""
 import torch
 
-from kernels import is_modern
-
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, its updates made orthogonal (Jordan et al., 2024). torch.optim.Muon's bfloat16 crawls on a CPU."""
+    """Momentum, its updates made orthogonal (Jordan et al., 2024). torch.optim.Muon's bfloat16 is slow on many machines."""
 
     def __init__(self, params, lr=0.02, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -29,7 +27,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(updates, steps=5):
     """Push the singular values of [n, rows, columns] towards 1 (to within about 0.7 .. 1.2) by a quintic iteration."""
-    x = updates.bfloat16() if is_modern(updates.device) else updates.float()
+    x = updates.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -20,7 +20,9 @@ import train
 from gto import evaluate, rollout
 from gto.bench import __main__ as bench
 from gto.bench import ablate
+from gto.checkpoint import finish, remember_config
 from gto.config import PRESETS, Config, fitting
+from gto.data import Corpus, prepare
 from gto.engine import Engine
 from gto.loss import OBJECTIVES
 from gto.ltd import __main__ as ltd
@@ -55,14 +57,15 @@ def test_what_a_device_gets(monkeypatch, capability, gigabytes, triton, dtype, f
     for name, value in {"get_device_capability": capability, "is_bf16_supported": True,
                         "get_device_properties": SimpleNamespace(total_memory=gigabytes * 1e9)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(kernels, "HAS_TRITON", triton)
+    for module in kernels, gto.training:
+        monkeypatch.setattr(module, "HAS_TRITON", triton)
     monkeypatch.setattr(torch, "compile", compiled.append)
     for name in "Target", "optimizers_for", "train":                # all of it that needs the device to be there
         monkeypatch.setattr(gto.training, name, lambda *_, **__: SimpleNamespace(
             init_weights=lambda: SimpleNamespace(to=lambda device: None)))
     kernels.is_modern.cache_clear()
     try:
-        assert compute_dtype(device) == dtype and compute_dtype(device, "float16") == torch.float16
+        assert compute_dtype(device) == dtype
         assert (fitting(device, False), fitting(device, True)) == presets
         x = SimpleNamespace(device=torch.device(device), is_cuda=bool(capability))
         with torch.no_grad():
@@ -99,16 +102,23 @@ def test_training_may_round_but_decoding_is_exact(monkeypatch, main, precision, 
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("program, arguments", [(decode, ["--prompt", "x"]), (bench, [])])
-def test_the_type_may_be_named(monkeypatch, program, arguments):
-    def load_target(path, device, dtype, **_):
-        raise UserError(str(dtype))
-
-    monkeypatch.setattr(program, "load_target", load_target)
-    for flags, dtype in ([], "float32"), (["--dtype", "bfloat16"], "bfloat16"):
-        monkeypatch.setattr(sys, "argv", ["", *arguments, "--device", "cpu", *flags])
-        with pytest.raises(UserError, match=f"^torch.{dtype}$"):
+def test_the_type_may_be_named(tmp_path, monkeypatch):
+    """Of a target and its head, in decode.py and in the benchmark."""
+    seen, engine = [], Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, target, head, *more, **options: (
+        seen.extend(model.norm.weight.dtype for model in (target, head) if model), engine(
+            self, target, head, *more, **options))[1])
+    for name, model in zip(("target", "gto"), tiny_models(vocab=300)):
+        finish(name, model, tmp_path)
+    prepare(tmp_path / "data", inputs=[__file__], vocab_size=300)
+    remember_config(tmp_path, Config(), Corpus(tmp_path / "data"))
+    for program, flags in (decode, ["--prompt", "x"]), (bench, ["--head", f"{tmp_path}/gto.pt", "--limit", "1"]):
+        for dtype in "float32", "bfloat16", "float16":
+            seen.clear()
+            monkeypatch.setattr(sys, "argv", ["", *flags, "--out-dir", str(tmp_path), "--max-new-tokens", "4",
+                                              "--device", "cpu", *(["--dtype", dtype] if dtype != "float32" else [])])
             program.main()
+            assert len(seen) >= 2 and set(seen) == {getattr(torch, dtype)}
 
 
 # What a cycle does -----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def measure(target, head, context, shape, copy):
             "efficiency": times["T_AR"] / times["T_cycle"]}
 
 
-def report(name, shapes, dtype):
+def report(name, shapes):
     """Measure one of SHAPES with these TreeShapes. -> {"rows", and what a copy reaches, read and written together}."""
     x, y = torch.randn(2, 1 << 29, device="cuda", dtype=torch.bfloat16)
     copy = 1e3 * 2 * x.nbytes / milliseconds(lambda: y.copy_(x))  # bytes/s
@@ -42,7 +42,7 @@ def report(name, shapes, dtype):
     head_config = HeadConfig(**{**vars(config), "layers": 1, "qk_norm": False, "rope_scaling": None},
                              target_dim=config.dim, draft_vocab_size=32000)
     with torch.device("cuda"):
-        target = cast(small_normal(Target(config)), dtype)
-        head = cast(small_normal(DraftHead(head_config, target)), dtype)
+        target = cast(small_normal(Target(config)), torch.bfloat16)
+        head = cast(small_normal(DraftHead(head_config, target)), torch.bfloat16)
     rows = [measure(target, head, context, shape, copy) for context in (512, 2048, 8192) for shape in shapes]
     return {"rows": rows, "copy_GB/s": copy / 1e9}

@@ -13,15 +13,14 @@ from gto.released import parallel
 from gto.released.files import dequantise, locate, map_files, read_gguf, read_json
 from gto.released.layouts import (EAGLE, GGUF, HUGGING_FACE, META, eagle_config, gguf_config, hugging_face_config,
                                   meta_config, pieces)
-from gto.util import UserError, compute_dtype, rank, reading
+from gto.util import UserError, rank, reading
 
 # The copy of a tied output matrix, rotary tables, a head's vocabulary map.
 REDUNDANT = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight", "d2t", "t2d")
 
 
-def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target as downloaded: a folder of Hugging Face's or Meta's files, a file *.gguf, or smollm2.
-    dtype None: by the device. ranks: see parallel.py."""
+def load_target(path, device="cpu", dtype=torch.float32, ranks=None):
+    """A frozen target as downloaded: a folder of Hugging Face or Meta, a *.gguf, or smollm2. ranks: see parallel.py."""
     path = Path(path)
     if file := locate(path):
         layout, config_of, (numbers, tensors) = GGUF, gguf_config, read_gguf(file)
@@ -39,7 +38,6 @@ def load_target(path, device="cpu", dtype=None, ranks=None):
         parallel.gather(target)
     elif ranks == "split":
         target = parallel.tensor_parallel(whole)
-    dtype = dtype or compute_dtype(device)
     fill(target, whole, layout, tensors, path, device, dtype)
     if config.tied:
         target.unembed.weight = target.embed.weight
