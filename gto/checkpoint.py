@@ -35,7 +35,7 @@ def read(path, kind, device="cpu"):
 
 
 def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype: or its
+    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype, or its
     name; None: by the device. ranks: under torchrun "gather" or "split" a download."""
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or compute_dtype(device)
     if Path(path).suffix != ".pt":

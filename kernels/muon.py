@@ -3,7 +3,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, its updates made orthogonal (Jordan et al., 2024). torch.optim.Muon's bfloat16 is slow on many machines."""
+    """Momentum, its updates made orthogonal (Jordan et al., 2024). torch.optim.Muon's bfloat16 crawls on a CPU."""
 
     def __init__(self, params, lr=0.02, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
