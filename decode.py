@@ -29,7 +29,7 @@ from gto.verify import Sampling
 
 
 def parse_arguments():
-    parser = argument_parser("python decode.py", __doc__)
+    parser = argument_parser("python decode.py", __doc__, "--device", "--dtype")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--method", choices=("ar", "draft", "control", "gto"), default="gto",
                         help="ar: plain decoding; else the head train.py left under this name (default: gto)")
@@ -50,7 +50,6 @@ def parse_arguments():
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
     parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.method == "ar" and (arguments.policy or arguments.compare or arguments.show_tree or arguments.report):
         raise UserError("--method ar drafts nothing: leave out --policy, --compare, --show-tree and --report")
@@ -93,10 +92,9 @@ def main():
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     out = run_folder(arguments.out_dir, arguments.target)
     path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"
-    dtype = torch.bfloat16 if arguments.device != "cpu" else None
-    target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
+    target = load_target(path, arguments.device, arguments.dtype, ranks="split" if ranks() > 1 else None)
     one_thread_if_small(target)
-    head = load_head(head_path, target, dtype) if arguments.method != "ar" else None
+    head = load_head(head_path, target, target.norm.weight.dtype) if arguments.method != "ar" else None
     encoding = load_encoding(arguments.tokenizer or path)
     if arguments.chat:
         from gto.released import chat

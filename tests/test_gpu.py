@@ -8,6 +8,7 @@ import torch
 
 import gto.ltd.ppo
 import gto.policy
+import kernels
 import train
 from gto.data import prepare
 from gto.engine import Engine
@@ -29,8 +30,11 @@ def models(device):
     return target.to(device), head.to(device).requires_grad_(False)
 
 
+@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "fixed", "adaptive"])
-def test_greedy_output_is_the_cpus(kind):
+def test_greedy_output_is_the_cpus(kind, triton, monkeypatch):
+    """Also where the plain references are captured."""
+    monkeypatch.setattr(kernels, "HAS_TRITON", triton)
     kinds = {"plain": lambda target, head: Engine(target, None, capacity=100),
              "fixed": lambda target, head: Engine(target, head, TreeShape(3, 4, 9), capacity=100),
              "adaptive": lambda target, head: AdaptiveEngine(target, head, Whimsical(), capacity=100)}

@@ -66,20 +66,19 @@ def compare(target, head, policies, costs, tree, prompts, new_tokens, name):
 
 
 def main():
-    parser = argument_parser("python -m gto.ltd", __doc__)
+    parser = argument_parser("python -m gto.ltd", __doc__, "--device")
     parser.add_argument("--out-dir", default="out", help="where train.py left target and heads (default: out)")
     parser.add_argument("--data", help="the directory that train.py took (default: data/<dataset>)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     start(arguments.device)
-    out, dtype = Path(arguments.out_dir), torch.bfloat16 if arguments.device == "cuda" else None
+    out = Path(arguments.out_dir)
     config = load_config(out)
     corpus = Corpus(arguments.data or f"data/{config.dataset}")
-    target = load_target(out / "target.pt", arguments.device, dtype)
+    target = load_target(out / "target.pt", arguments.device)
     one_thread_if_small(target)
     prompts = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
     held_out, rows, new_tokens = corpus.prompt_ids(max(LIVE.values())), [], config.eval_tokens
-    heads = {name: load_head(out / f"{name}.pt", target, dtype) for name in ("draft", "gto")}
+    heads = {name: load_head(out / f"{name}.pt", target, target.norm.weight.dtype) for name in ("draft", "gto")}
     for name, head in heads.items():
         torch.manual_seed(config.seed)
         costs = costs_here(out, target, head)
