@@ -102,11 +102,11 @@ def test_greedy_output_is_the_targets(models, policy):
     replayed.capture_graphs(SPACE)
     replayed.policy, captured = spy, set(replayed.run.graphs)
     for prompt in PROMPTS:
-        assert plain.complete([prompt], 40) == eager.complete([prompt], 40) == replayed.complete([prompt], 40)
+        assert plain.complete([prompt], 32) == eager.complete([prompt], 32) == replayed.complete([prompt], 32)
     assert spy.decisions == eager.policy.decisions and len(set(spy.decisions)) > 2
     assert set(replayed.run.graphs) == captured, "captured while the clock ran"
     short = AdaptiveEngine(*models, policy, capacity=31)
-    assert all(short.complete([p], 40) == [plain.complete([p], 40)[0][:31]] for p in PROMPTS), "to the last position"
+    assert all(short.complete([p], 32) == [plain.complete([p], 32)[0][:31]] for p in PROMPTS), "to the last position"
 
 
 def test_sampled_tokens_are_the_targets():
@@ -204,7 +204,7 @@ def test_the_program(tmp_path, monkeypatch):
         finish(name, model, Path("out"))
     Path("out/config.json").write_text(json.dumps(asdict(Config(tree="3,3,6", eval_tokens=12))))
     for module, name, value in ((ltd, "TRAIN", 4), (ltd, "VALIDATE", 2), (ltd, "LIVE", {0.0: 3, 1.0: 2}),
-                                (ltd, "SPACES", {"cpu": SPACE}), (ppo, "UPDATES", 1),
+                                (ltd, "SPACES", {"cpu": SPACE}), (ppo, "UPDATES", 1), (ppo, "EPOCHS", 2),
                                 (sys, "argv", ["gto.ltd", "--data", "data", "--device", "cpu"])):
         monkeypatch.setattr(module, name, value)
     ltd.main()
