@@ -73,26 +73,23 @@ def read_text(path):
 
 
 def read_conversations(path, limit=None):
-    """The first `limit` conversations of a chat .jsonl, see `read_turns`."""
+    """The first `limit` conversations of a chat .jsonl, [(role, text), ...] each; ShareGPT's human and gpt are user and
+    assistant. A line has "messages" [{role, content}], "conversations" [{from, value}] or "turns" of the user."""
+    roles, found = {"human": "user", "gpt": "assistant", "model": "assistant"}, []
     lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    return [read_turns(line, f"{path}, line {number}") for number, line in lines[:limit]]
-
-
-def read_turns(line, where):
-    """One line of a chat .jsonl -> [(role, text)]; ShareGPT's human and gpt are user and assistant. `where` is for the
-    error. Knows "messages" [{role, content}], "conversations" [{from, value}] and "turns" of the user."""
-    roles = {"human": "user", "gpt": "assistant", "model": "assistant"}
-    with reading(f'{where}, expected as an object with "turns", "messages" or "conversations",'):
-        record = json.loads(line)
-        if "messages" in record:
-            turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
-        elif "conversations" in record:
-            turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        else:
-            turns = [("user", turn) for turn in record["turns"] + []]                 # a list, nothing else
-        if not all(isinstance(part, str) for turn in turns for part in turn):
-            raise TypeError("what is no text")
-        return [(roles.get(role, role), text) for role, text in turns]
+    for number, line in lines[:limit]:
+        with reading(f'{path}, line {number}, expected as an object with "turns", "messages" or "conversations",'):
+            record = json.loads(line)
+            if "messages" in record:
+                turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
+            elif "conversations" in record:
+                turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+            else:
+                turns = [("user", turn) for turn in record["turns"] + []]             # a list, nothing else
+            if not all(isinstance(part, str) for turn in turns for part in turn):
+                raise TypeError("what is no text")
+            found.append([(roles.get(role, role), text) for role, text in turns])
+    return found
 
 
 def split(documents, val_fraction=.05):

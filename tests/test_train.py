@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--layers 2 --dim 32 --heads 2 --kv-heads 1 --head-dim 16 --ffn-dim 32 --head-ffn-dim 32 --length 64 --texts 64"
         " --target-steps 30 --target-batch 8 --head-steps 12 --gto-steps 2 --seeds 1 --tree 3,3,8 --groups 4"
         " --group-size 4"
-        " --eval-prompts 4 --eval-tokens 12 --vocab-size 320 --draft-vocab-size 200").split()
+        " --eval-prompts 4 --eval-tokens 8 --vocab-size 320 --draft-vocab-size 200").split()
 
 
 def run(*arguments, cwd):
