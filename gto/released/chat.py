@@ -125,7 +125,7 @@ def rows(chat, messages):
 
 
 def in_order(turns):
-    """[(role, text)] as `read_conversations` has them -> messages that `rows` takes. An answer that stands first is dropped
+    """[(role, text)] of `read_conversations` -> messages that `rows` takes. An answer that stands first is dropped
     (ShareGPT's parts of longer talks); at a turn out of order, or empty, the rest of the conversation is."""
     turns = [(role, text.strip()) for role, text in turns]
     system = [turns.pop(0)] if turns and turns[0][0] == "system" else []
