@@ -17,14 +17,14 @@ import time
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto.checkpoint import load_encoding, load_head, load_target, run_folder
+from gto.checkpoint import load_head, load_run
 from gto.engine import Engine
 from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
-from gto.policy import AdaptiveEngine, Rule, costs_here, policy_path
-from gto.tokenizer import StreamDecoder, end_of_text_id
+from gto.policy import AdaptiveEngine, choose_policy
+from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start
+from gto.util import UserError, argument_parser, at_least, main_guard, rank, start
 from gto.verify import Sampling
 
 
@@ -76,32 +76,13 @@ def decode(engine, encoding, prompt, max_new_tokens, stop, show):
     return Decoded(tokens, seconds, len(cycles) - 1), cycles[1:]
 
 
-def choose_policy(name, head_path, out, target, head):
-    """The learned policy of a head if asked for, or if gto.ltd has found it faster than the rule; else the rule."""
-    if name == "ltd" or not name and policy_path(head_path).exists():
-        from gto.ltd.policy import load_policy
-        learned, gain = load_policy(policy_path(head_path))
-        if name or gain > 0:
-            return learned
-    return Rule(costs_here(out, target, head))
-
-
 def main():
     arguments = parse_arguments()
     start(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    out = run_folder(arguments.out_dir, arguments.target)
-    path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"
-    target = load_target(path, arguments.device, arguments.dtype, ranks="split" if ranks() > 1 else None)
-    one_thread_if_small(target)
+    out, target, encoding, encode, stop = load_run(arguments)
+    prompt, head_path = encode([arguments.prompt]), arguments.head or out / f"{arguments.method}.pt"
     head = load_head(head_path, target, target.norm.weight.dtype) if arguments.method != "ar" else None
-    encoding = load_encoding(arguments.tokenizer or path)
-    if arguments.chat:
-        from gto.released import chat
-        model = chat.load(arguments.tokenizer or path, encoding)
-        prompt, stop = chat.encode(model, [{"role": "user", "content": arguments.prompt}]), model.stops
-    else:
-        prompt, stop = encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
     if arguments.tree or not head:

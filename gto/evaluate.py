@@ -153,10 +153,12 @@ def timed(engine, prompt, new_tokens, stop=()):
 
 
 def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
-    """Decode by engines of batch 1, {name: Engine}, in turn, so that they share bad moments. -> {name: [Decoded]}."""
-    result = {name: [] for name in engines}
-    for prompt in tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0):
+    """Decode by engines of batch 1, {name: Engine}, in turn, so that they share bad moments; at any temperature they
+    write the same text. -> {name: [Decoded]}."""
+    result, seed = {name: [] for name in engines}, torch.initial_seed()
+    for number, prompt in enumerate(tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0)):
         for name, engine in engines.items():
+            torch.manual_seed(seed + number)
             result[name].append(timed(engine, prompt, new_tokens, stop))
     return {name: decoded[1:] for name, decoded in result.items()}                    # the first is the warm-up
 

@@ -255,3 +255,13 @@ def costs_here(folder, target, head, space=None):
 def policy_path(head_path):
     """Where python -m gto.ltd leaves the policy for a head: policy-<head's file>, in the same folder."""
     return Path(head_path).with_name(f"policy-{Path(head_path).name}")
+
+
+def choose_policy(name, head_path, out, target, head):
+    """The learned policy of a head if asked for, or if gto.ltd has found it faster than the rule; else the rule."""
+    if name == "ltd" or not name and policy_path(head_path).exists():
+        from gto.ltd.policy import load_policy
+        learned, gain = load_policy(policy_path(head_path))
+        if name or gain > 0:
+            return learned
+    return Rule(costs_here(out, target, head))

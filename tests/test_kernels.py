@@ -87,7 +87,7 @@ def assert_attention(arguments, tolerance=None):
     (1, 1, 20, [0], {}),                                               # nothing cached: the token sees itself only
     (7, 19, 80, [0, 260, 129], {"sequence": [1, 0, 1]}),               # a frontier; two trees share a cache row
     (60, 60, 128, [200], {}),
-    (130, 130, 64, [65, 1], {}),                                       # more nodes than a block has rows or keys
+    (130, 130, 64, [65, 1], {"H": 2, "G": 1}),                 # more nodes than a block has rows or keys
     (7, 7, 32, [100], {"H": 4, "G": 4}), (7, 7, 32, [100], {"H": 6, "G": 2}), (7, 7, 32, [100], {"H": 5, "G": 1}),
     *(pytest.param(N, N, 128, [3000, 4095], {"H": 32, "G": G, "S": 4096}, marks=needs_gpu)
       for N in (1, 16, 60, 256) for G in (8, 32)),
@@ -162,7 +162,7 @@ def scoring_inputs(B, N, V, masked, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("chunk", [128, 4096])                         # four chunks, the last one short, or one
 def test_score_nodes(chunk, temperature, dtype, monkeypatch):
     monkeypatch.setattr(acceptance, "CHUNK", chunk)

@@ -353,7 +353,7 @@ ANSWERS = [  # what looks wrong, but is not
     ["--seed", "0"], ["--seed", "4294967295"], ["--seed", "1", "--seed", "2"], ["--temperature", "0"],
     ["--temperature", "1e-9"], ["--temperature", "4e9"], ["--top-k", "4294967295", "--temperature", "1"],
     ["--top-p", "1e-9", "--temperature", "1"], ["--max-new-tokens", "1"], ["--max-new-tokens", "1000000"],
-    ["--tree", "1,1,1"], ["--tree", " 2, 2,3"], ["--method", "ar", "--json"], ["--show-tree", "--tree", "16,9,60"],
+    ["--tree", "1,1,1"], ["--tree", " 2, 2,3"], ["--method", "ar", "--json"], ["--show-tree", "--tree", "8,9,60"],
     ["--policy", "ltd"]]
 
 

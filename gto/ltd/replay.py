@@ -53,23 +53,51 @@ def seconds_by_choice(costs, policy=None):
     return seconds + (stop * depths + size)[:, None]
 
 
+class Replayed(NamedTuple):
+    """All texts, decoded."""
+    tokens: torch.Tensor    # [texts]
+    seconds: torch.Tensor   # [texts]
+    roots: list             # where cycles begin
+
+    @property
+    def rate(self):
+        """Tokens a second."""
+        return (self.tokens.sum() / self.seconds.sum()).item()
+
+    @property
+    def tau(self):
+        return self.tokens.sum().item() / len(self.roots)
+
+
+def walk(recording, cycle):
+    """Decode all texts. cycle(root) -> drafts accepted, seconds. -> Replayed"""
+    tokens, seconds = torch.zeros(2, len(recording.accepted) // recording.positions, dtype=torch.double)
+    roots = []
+    for text in range(len(tokens)):
+        root, end = text * recording.positions, (text + 1) * recording.positions
+        while root < end:
+            roots.append(root)
+            accepted, took = cycle(root)
+            tokens[text] += accepted + 1
+            seconds[text] += took
+            root += accepted + 1
+    return Replayed(tokens, seconds, roots)
+
+
 def drive(policy, recording, costs):
-    """Decode all texts by a policy that learns as it goes. -> tokens a second, tau."""
-    tokens = seconds = cycles = 0
-    for text in range(0, len(recording.accepted), recording.positions):
-        root = text
-        while root < text + recording.positions:
-            accepted, time = 0, costs.verify[0]
-            if not policy.waits():
-                level = 0
-                while level < costs.space.depth - 1 and not policy.stop(recording.observation[root, level]):
-                    level += 1
-                size = int(policy.size(recording.observation[root, level]))
-                accepted = int(recording.accepted[root, level, size])
-                time = costs.draft[level] + costs.verify[size]
-            policy.learn(accepted)
-            root, tokens, seconds, cycles = root + accepted + 1, tokens + accepted + 1, seconds + time, cycles + 1
-    return tokens / seconds, tokens / cycles
+    """Decode by a policy that learns as it goes. -> Replayed"""
+    def cycle(root):
+        accepted, took = 0, costs.verify[0]
+        if not policy.waits():
+            level = 0
+            while level < costs.space.depth - 1 and not policy.stop(recording.observation[root, level]):
+                level += 1
+            size = int(policy.size(recording.observation[root, level]))
+            accepted, took = recording.accepted[root, level, size].item(), costs.draft[level] + costs.verify[size]
+        policy.learn(accepted)
+        return accepted, took
+
+    return walk(recording, cycle)
 
 
 @torch.no_grad()
@@ -81,23 +109,18 @@ def decide(policy, recording):
     return level, policy.size(recording.observation).gather(1, level[:, None]).squeeze(1)
 
 
-def replay(recording, costs, level, size):
-    """Decode all texts by these decisions [R] each. -> tokens a second, tau, the roots where cycles begin."""
-    roots, emitted = [], (recording.accepted[torch.arange(len(level)), level, size] + 1).tolist()
-    for text in range(0, len(emitted), recording.positions):
-        root = text
-        while root < text + recording.positions:
-            roots.append(root)
-            root += emitted[root]
-    tokens, seconds = sum(emitted[root] for root in roots), costs[level, size][roots].sum().item()
-    return tokens / seconds, tokens / len(roots), roots
+def replay(recording, seconds, level, size):
+    """Decode by these decisions [R] each; seconds [levels, sizes] of a cycle. -> Replayed"""
+    accepted = recording.accepted[torch.arange(len(level)), level, size].tolist()
+    took = seconds[level, size].tolist()
+    return walk(recording, lambda root: (accepted[root], took[root]))
 
 
 def best_fixed(recording, costs, space):
     """Grid search; a tree without nodes is not drafted at all. -> Fixed, tokens a second."""
     grid = [Fixed(space, depth, size) for depth in range(1, space.depth + 1)
             for size, nodes in enumerate(space.sizes) if nodes]
-    rates = [replay(recording, costs, *decide(policy, recording))[0] for policy in grid]
+    rates = [replay(recording, costs, *decide(policy, recording)).rate for policy in grid]
     return grid[rates.index(max(rates))], max(rates)
 
 
