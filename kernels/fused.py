@@ -40,22 +40,56 @@ def _add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_outer
     tl.store(out_ptr + row * C + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-def rotate(x, cos, sin):
-    """Rotary, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32 -> x * cos + [-x2, x1] * sin, x's dtype."""
+def embed_norm_cat(tokens, table, token_weight, hidden, weight, eps):
+    """A draft head's input: the normed embeddings beside the normed features. tokens [B, N], table [vocab, C]; hidden
+    [B, N, C]; the norms' weights [C] -> [B, N, 2 C], hidden's dtype."""
+    C = hidden.shape[-1]
+    if not use_triton(hidden):
+        embedded = torch.nn.functional.embedding(tokens, table).to(hidden.dtype)
+        return torch.cat([torch.nn.functional.rms_norm(embedded, (C,), token_weight, eps),
+                          torch.nn.functional.rms_norm(hidden, (C,), weight, eps)], dim=-1)
+    out, BLOCK = hidden.new_empty(*hidden.shape[:-1], 2 * C), triton.next_power_of_2(C)
+    _embed_norm_cat_kernel[(tokens.numel(), 2)](tokens.contiguous(), table, token_weight, hidden.contiguous(), weight,
+                                                out, eps, C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+    return out
+
+
+@triton.jit
+def _embed_norm_cat_kernel(tokens_ptr, table_ptr, token_weight_ptr, hidden_ptr, weight_ptr, out_ptr, eps,
+                           C: tl.constexpr, BLOCK: tl.constexpr):
+    row, half, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+    if half == 0:
+        x = tl.load(table_ptr + tl.load(tokens_ptr + row) * C + c, mask=c < C, other=0.0)
+        x = x.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+        weight = tl.load(token_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(hidden_ptr + row * C + c, mask=c < C, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / C + eps) * weight
+    tl.store(out_ptr + (2 * row + half) * C + c, normed.to(out_ptr.dtype.element_ty), mask=c < C)
+
+
+def rotate(x, cos, sin, norms=None):
+    """Rotary, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32 -> x * cos + [-x2, x1] * sin, x's dtype.
+    norms: (weight, weight, heads, eps), each [D]: RMSNorm every head before, the first `heads` by the first weight."""
+    first, second, heads, eps = norms or (None, None, 0, 0.0)
     if not use_triton(x):
+        if norms is not None:
+            x = torch.cat([torch.nn.functional.rms_norm(part, weight.shape, weight, eps) for part, weight in (
+                (x[:, :, :heads], first), (x[:, :, heads:], second))], dim=2)
         cos, sin = cos[:, :, None], sin[:, :, None]                                   # [B, N, 1, D/2]
         x1, x2 = x.float().chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
     (B, N, H, D), out = x.shape, x.new_empty(x.shape)
     HEADS = min(8, triton.next_power_of_2(H))
     _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
-        x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
+        x, cos.contiguous(), sin.contiguous(), first, second, out, *x.stride()[:3], N, H, heads, eps,
         HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
     return out
 
 
 @triton.jit
-def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
+def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, first_ptr, second_ptr, out_ptr, x_b, x_n, x_h, N, H, heads, eps,
                    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
@@ -65,6 +99,13 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
     x_at = x_ptr + token // N * x_b + token % N * x_n + head[:, None] * x_h + d[None, :]
     x1 = tl.load(x_at, mask=valid, other=0.0).to(tl.float32)
     x2 = tl.load(x_at + HALF, mask=valid, other=0.0).to(tl.float32)
+    if first_ptr is not None:
+        weight_at = tl.where(head < heads, first_ptr, second_ptr)[:, None] + d[None, :]
+        scale = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF) + eps)[:, None]
+        x1 = x1 * scale * tl.load(weight_at, mask=valid, other=0.0).to(tl.float32)
+        x2 = x2 * scale * tl.load(weight_at + HALF, mask=valid, other=0.0).to(tl.float32)
+        x1 = x1.to(out_ptr.dtype.element_ty).to(tl.float32)            # rounded: what is rotated is the stored norm
+        x2 = x2.to(out_ptr.dtype.element_ty).to(tl.float32)
     out_at = out_ptr + (token * H + head[:, None]) * (2 * HALF) + d[None, :]
     tl.store(out_at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=valid)
     tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=valid)
