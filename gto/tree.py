@@ -109,7 +109,7 @@ def expand(head, draft, prefix, temperature):
     level, (B, k) = len(draft.scores), draft.scores[0].shape
     older = sum(scores.shape[1] for scores in draft.scores[:-1])
     score, token, feature, seen, parents = frontier(draft.scores[-1], draft.tokens[-1], draft.hidden, draft.seen, older)
-    positions = (prefix.length + level - 1)[:, None].expand(B, k)
+    positions = (prefix.length + (level - 1))[:, None].expand(B, k)
     hidden, *past = head(feature, token, positions, seen, prefix, draft.past)         # [B, k, dim]
     child, child_token = propose(head.logits(hidden), head.token_ids, k, temperature)  # [B, k, k]
     return Draft((*draft.scores, (score[..., None] + child).flatten(1)), (*draft.tokens, child_token.flatten(1)),

@@ -12,61 +12,45 @@ def add_rms_norm(x, delta, weight, eps):
     if not use_triton(x):
         x = x if delta is None else x + delta
         return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    C = x.shape[-1]
-    rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
-    added = None if delta is None else delta.reshape(rows.shape)
-    out, total = x.new_empty(x.shape), x.new_empty(x.shape) if delta is not None else x
-    BLOCK = triton.next_power_of_2(C)
-    _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
-        rows, added, weight, None if delta is None else total, out,
-        *rows.stride()[:2], *((0, 0) if delta is None else added.stride()[:2]), rows.shape[1], eps,
-        C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+    total, out = x if delta is None else x.new_empty(x.shape), x.new_empty(x.shape)
+    launch_norm(x.contiguous(), None, None if delta is None else delta.contiguous(), weight, total, out, eps)
     return total, out
-
-
-@triton.jit
-def _add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_outer, x_inner, delta_outer, delta_inner,
-                         inner, eps, C: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row // inner * x_outer + row % inner * x_inner + c, mask=c < C, other=0.0)
-    if delta_ptr is not None:
-        delta = tl.load(delta_ptr + row // inner * delta_outer + row % inner * delta_inner + c, mask=c < C, other=0.0)
-        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)      # rounded: the norm is that of the stored sum
-        tl.store(sum_ptr + row * C + c, x, mask=c < C)
-    x = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / C + eps)
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * C + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 def embed_norm_cat(tokens, table, token_weight, hidden, weight, eps):
     """A draft head's input: the normed embeddings beside the normed features. tokens [B, N], table [vocab, C]; hidden
     [B, N, C]; the norms' weights [C] -> [B, N, 2 C], hidden's dtype."""
-    C = hidden.shape[-1]
     if not use_triton(hidden):
         embedded = torch.nn.functional.embedding(tokens, table).to(hidden.dtype)
-        return torch.cat([torch.nn.functional.rms_norm(embedded, (C,), token_weight, eps),
-                          torch.nn.functional.rms_norm(hidden, (C,), weight, eps)], dim=-1)
-    out, BLOCK = hidden.new_empty(*hidden.shape[:-1], 2 * C), triton.next_power_of_2(C)
-    _embed_norm_cat_kernel[(tokens.numel(), 2)](tokens.contiguous(), table, token_weight, hidden.contiguous(), weight,
-                                                out, eps, C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
-    return out
+        return torch.cat([torch.nn.functional.rms_norm(embedded, weight.shape, token_weight, eps),
+                          torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)], dim=-1)
+    both = hidden.new_empty(*hidden.shape[:-1], 2, hidden.shape[-1])
+    launch_norm(table, tokens.contiguous(), None, token_weight, None, both[..., 0, :], eps)
+    launch_norm(hidden.contiguous(), None, None, weight, None, both[..., 1, :], eps)
+    return both.flatten(-2)
+
+
+def launch_norm(x, index, delta, weight, total, out, eps):
+    """The sum of x [R, C], or of its rows at `index` [R], and delta to `total`, its norm to `out`, [..., C] each."""
+    C, BLOCK = out.shape[-1], triton.next_power_of_2(out.shape[-1])
+    _add_rms_norm_kernel[(out.numel() // C,)](x, index, delta, weight, total, out, out.stride(-2), eps,
+                                              C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
 
 
 @triton.jit
-def _embed_norm_cat_kernel(tokens_ptr, table_ptr, token_weight_ptr, hidden_ptr, weight_ptr, out_ptr, eps,
-                           C: tl.constexpr, BLOCK: tl.constexpr):
-    row, half, c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
-    if half == 0:
-        x = tl.load(table_ptr + tl.load(tokens_ptr + row) * C + c, mask=c < C, other=0.0)
-        x = x.to(hidden_ptr.dtype.element_ty).to(tl.float32)
-        weight = tl.load(token_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(hidden_ptr + row * C + c, mask=c < C, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / C + eps) * weight
-    tl.store(out_ptr + (2 * row + half) * C + c, normed.to(out_ptr.dtype.element_ty), mask=c < C)
+def _add_rms_norm_kernel(x_ptr, index_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, out_row, eps,
+                         C: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    taken = row if index_ptr is None else tl.load(index_ptr + row)
+    x = tl.load(x_ptr + taken * C + c, mask=c < C, other=0.0).to(out_ptr.dtype.element_ty)
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr + row * C + c, mask=c < C, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)      # rounded: the norm is that of the stored sum
+        tl.store(sum_ptr + row * C + c, x, mask=c < C)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / C + eps)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_row + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 def rotate(x, cos, sin, norms=None):
