@@ -65,7 +65,7 @@ def stack(cubin):
 
 def call_everything(torch, dtype):
     """The wrappers at an 8B model's shapes: 32/8 heads of 128, vocabulary 128,256, trees of 60 nodes, 10 a level."""
-    from kernels import acceptance, fused, tree_attention
+    from kernels import acceptance, draft, fused, tree_attention
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype)
@@ -85,10 +85,18 @@ def call_everything(torch, dtype):
     acceptance.score_nodes_triton(empty(2048, 60, 300))    # as many rows as a training step may have
     for temperature in 0.0, 0.7:
         acceptance.score_nodes_triton(empty(1, 60, 128_256), tokens, tokens, temperature, uniform)
+    for k in 10, 1:
+        acceptance.propose_triton(empty(1, k, 32_000), torch.arange(32_000), k, 1.0)
+    for m, M in (1, 0), (10, 70):                          # the second level's frontier, and the last one's
+        draft.frontier_triton(empty(1, 10 * m, dtype=torch.float32), torch.zeros(1, 10 * m, dtype=torch.long),
+                              empty(1, m, 4096), torch.ones(1, m, M, dtype=torch.bool), 10)
     fused.use_triton = lambda x: True
-    fused.add_rms_norm(empty(1, 60, 4096), empty(1, 60, 4096), empty(4096), 1e-5)
-    fused.add_rms_norm(empty(1, 60, 4096), None, empty(4096), 1e-5)
-    fused.rotate(empty(1, 60, 48, 128)[:, :, :40], *empty(2, 1, 60, 64, dtype=torch.float32))
+    x, weight, head_weight = empty(1, 60, 4096), empty(4096), empty(128)
+    fused.add_rms_norm(x, x, weight, 1e-5)
+    fused.add_rms_norm(x, None, weight, 1e-5)
+    fused.embed_norm_cat(tokens, empty(1000, 4096), weight, x, weight, 1e-5)
+    for norms in None, (head_weight, head_weight, 32, 1e-5):
+        fused.rotate(empty(1, 60, 48, 128)[:, :, :40], *empty(2, 1, 60, 64, dtype=torch.float32), norms)
     fused.silu_mul(empty(1, 60, 2 * 14336))
 
 
