@@ -112,7 +112,7 @@ class Attention(nn.Module):
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x).view(*x.shape[:2], H + 2 * G, D)
         qk, v = qkv[:, :, :H + G], qkv[:, :, H + G:]
-        norms = self.q_norm and (self.q_norm.weight, self.k_norm.weight, H, self.q_norm.eps)
+        norms = (self.q_norm.weight, self.k_norm.weight, H, self.q_norm.eps) if self.q_norm is not None else None
         q, k = rotate(qk, cos, sin, norms).split([H, G], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

@@ -2,11 +2,12 @@
 proposes.
 
 The kernels in ten lines. A row of logits (one node) is 128k numbers and there are only 60 of them, so a row is cut into
-chunks, each read once by one program: its largest logit, the sum of exp(logit - largest) and its k best logits. From these few numbers a
-row a second kernel has the log-sum-exp and the row's k best: a head's proposals, or for k = 1 the choice at T=0. At
-T>0 the choice is a sample by inverse CDF, from ONE uniform number u: the chunk sums say in which chunk the cumulated
-probability passes u, and only that chunk is read again to find the token. (Gumbel noise would need a random number for every logit: eight times the
-work of the whole scan.) What the target thinks of a node is one gathered logit minus the parent's log-sum-exp."""
+chunks, each read once by one program: its largest logit, the sum of exp(logit - largest), and its k best logits. From
+these few numbers a row a second kernel has the log-sum-exp and the row's k best: what a head proposes, or for k = 1 the
+choice at T=0. At T>0 the choice is a sample by inverse CDF, from ONE uniform number u: the chunk sums say in which
+chunk the cumulated probability passes u, and only that chunk is read again to find the token. (Gumbel noise would need
+a random number for every logit: eight times the work of the whole scan.) What the target thinks of a node is one
+gathered logit minus the parent's log-sum-exp."""
 import math
 
 import torch
@@ -46,7 +47,7 @@ def propose(logits, token_ids, k, temperature):
     """The k likeliest next tokens: logits [..., V], token_ids [V] the target's name of each. -> log-probabilities at
     this temperature, float32, and target token ids, [..., k] each, best first. Among equal logits the kernel takes
     the lowest index; torch.topk promises no order."""
-    if use_triton(logits) and k <= 64:                                 # beyond, chunks would keep most of what they read
+    if use_triton(logits) and k <= 64:                                 # more would fill the second kernel's registers
         return propose_triton(logits, token_ids, k, temperature)
     log_p, index = torch.log_softmax(logits.float() / temperature, dim=-1).topk(k, dim=-1)
     return log_p, token_ids[index]
