@@ -86,9 +86,8 @@ class Draft(NamedTuple):
         level 2    2 3 of 1, 4 5 of 0     parents 2 2 1 1    frontier, say: 3 5
         level 3    6 7 of 3, 8 9 of 5     parents 4 4 6 6
 
-    In its level node 5 is `best` = 3 (see `frontier`): node `best // k` = 1 of the last frontier proposed it; `older` = 2
-    candidates stand before the level, so it is number older + best. It saw what its proposer saw, and itself: k more
-    columns of `seen` a level.
+    In its level node 5 is `best` = 3 (see `frontier`), so frontier node `best // k` = 1 proposed it; `older` = 2 stand
+    before the level, so it is number older + best. It saw what its proposer saw, and itself: k more columns of `seen`.
     """
     scores: tuple           # by level [B, n]: sums of draft log-probabilities from the root
     tokens: tuple           # by level [B, n]

@@ -47,15 +47,22 @@ def propose(logits, token_ids, k, temperature):
     """The k likeliest next tokens: logits [..., V], token_ids [V] the target's name of each. -> log-probabilities at
     this temperature, float32, and target token ids, [..., k] each, best first. Among equal logits the kernel takes
     the lowest index; torch.topk promises no order."""
-    if use_triton(logits) and k <= 64:                                 # more would fill the second kernel's registers
-        return propose_triton(logits, token_ids, k, temperature)
-    log_p, index = torch.log_softmax(logits.float() / temperature, dim=-1).topk(k, dim=-1)
-    return log_p, token_ids[index]
+    V = logits.shape[-1]
+    if not use_triton(logits) or k > 64:                                   # more would fill a program's registers
+        log_p, index = torch.log_softmax(logits.float() / temperature, dim=-1).topk(k, dim=-1)
+        return log_p, token_ids[index]
+    chunk, scale = min(PROPOSE_CHUNK, triton.next_power_of_2(V)), math.log2(math.e) / temperature
+    top, total, best, index = scan(logits.reshape(1, -1, V), scale, chunk, k)
+    log_p = logits.new_empty(*logits.shape[:-1], k, dtype=torch.float32)
+    rows, chunks, tokens = *top.shape, torch.empty_like(log_p, dtype=torch.long)
+    _best_kernel[(rows,)](top, total, best, index, token_ids, tokens, log_p, chunks, scale, K=k,
+                          CHUNKS=triton.next_power_of_2(chunks), BLOCK=triton.next_power_of_2(chunks * k))
+    return log_p, tokens
 
 
 @triton.jit
 def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, index_ptr, N, V, logits_b, logits_n, chunks, scale,
-                 CHUNK: tl.constexpr, K: tl.constexpr, SUM: tl.constexpr):
+                 CHUNK: tl.constexpr, K: tl.constexpr):
     """One chunk of one row: its largest logit, the sum of exp(logit - largest), and the K best and where they are."""
     out = tl.program_id(0)        # one dimension: a grid's others end at 65,535, and a training step has as many rows
     row, here = out // chunks, tl.arange(0, CHUNK)
@@ -66,8 +73,8 @@ def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, index_ptr, N, V, logits
     # A chunk may be masked out entirely: a finite maximum keeps -inf - -inf = NaN away.
     top = tl.maximum(tl.max(x, axis=0), -1e20)
     tl.store(top_ptr + out, top)
-    if SUM:  # in base 2, where exp2 is one instruction: scale = log2(e) / T
-        tl.store(sum_ptr + out, tl.sum(tl.exp2(x * scale - top * scale), axis=0))
+    # In base 2, where exp2 is one instruction: scale = log2(e) / T.
+    tl.store(sum_ptr + out, tl.sum(tl.exp2(x * scale - top * scale), axis=0))
     # The raw logits decide: scaled ones could round to a tie. Only what is taken, or behind the end, is -inf.
     x = tl.where(at < V, tl.maximum(x, -3e38), float("-inf"))
     for i in range(K):
@@ -147,7 +154,7 @@ def _log_prob_kernel(logits_ptr, top_ptr, sum_ptr, tokens_ptr, parents_ptr, log_
     tl.store(log_prob_ptr + node, tl.where(node % M == 0, 0.0, log_prob))
 
 
-def scan(logits, scale, chunk, k, with_sum=True):
+def scan(logits, scale, chunk, k):
     """logits [B, N, V] -> per chunk of each of the R = B * N rows its maximum and exp-sum, [R, chunks] each, and its k
     best logits and where they are, [R, chunks * k] each."""
     (B, N, V), chunks = logits.shape, triton.cdiv(logits.shape[2], chunk)
@@ -155,25 +162,14 @@ def scan(logits, scale, chunk, k, with_sum=True):
     best = logits.new_empty(B * N, chunks * k, dtype=torch.float32)
     index = torch.empty_like(best, dtype=torch.int32)
     _scan_kernel[(B * N * chunks,)](logits, top, total, best, index, N, V, *logits.stride()[:2], chunks, scale,
-                                    CHUNK=chunk, K=k, SUM=with_sum)
+                                    CHUNK=chunk, K=k)
     return top, total, best, index
-
-
-def propose_triton(logits, token_ids, k, temperature):
-    chunk, scale = min(PROPOSE_CHUNK, triton.next_power_of_2(logits.shape[-1])), math.log2(math.e) / temperature
-    log_p = logits.new_empty(*logits.shape[:-1], k, dtype=torch.float32)
-    tokens = torch.empty_like(log_p, dtype=torch.long)
-    top, total, best, index = scan(logits.reshape(1, -1, logits.shape[-1]), scale, chunk, k)
-    chunks = top.shape[1]
-    _best_kernel[(len(top),)](top, total, best, index, token_ids, tokens, log_p, chunks, scale, K=k,
-                              CHUNKS=triton.next_power_of_2(chunks), BLOCK=triton.next_power_of_2(chunks * k))
-    return log_p, tokens
 
 
 def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
     (B, N, V), greedy, scale = logits.shape, temperature == 0, math.log2(math.e) / (temperature or 1.0)
     chunk = min(CHUNK, triton.next_power_of_2(V))
-    top, total, best, index = scan(logits, scale, chunk, int(greedy), not greedy or tokens is not None)
+    top, total, best, index = scan(logits, scale, chunk, k=int(greedy))
     choice, chunks = logits.new_empty(B, N, dtype=torch.long), top.shape[1]
     row, options = (*logits.stride()[:2], chunks, scale), {"CHUNKS": triton.next_power_of_2(chunks)}
     if greedy:

@@ -14,15 +14,22 @@ def frontier(scores, tokens, hidden, seen, older):
     older                       candidates before this level
     Returns  score, token [B, k]; feature [B, k, dim] of each one's proposer; seen [B, k, M + k]: what its proposer
              saw, and itself; parents [B, k, k]: the number among all candidates, + 1, for each one's k children"""
-    if use_triton(scores):
-        return frontier_triton(scores, tokens, hidden, seen, older)
-    B, k = len(scores), scores.shape[1] // hidden.shape[1]
-    score, best = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
-    origin = (best // k)[..., None]                                                   # [B, k, 1] who proposed them
-    itself = torch.eye(k, dtype=torch.bool, device=best.device).expand(B, k, k)
-    sees = torch.cat([seen.gather(1, origin.expand(B, k, seen.shape[2])), itself], dim=2)
-    feature = hidden.gather(1, origin.expand(B, k, hidden.shape[2]))
-    return score, tokens.gather(1, best), feature, sees, (older + best + 1)[..., None].expand(B, k, k)
+    (B, m, dim), M = hidden.shape, seen.shape[2]
+    k = scores.shape[1] // m
+    if not use_triton(scores):
+        score, best = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
+        origin = (best // k)[..., None]                                               # [B, k, 1] who proposed them
+        itself = torch.eye(k, dtype=torch.bool, device=best.device).expand(B, k, k)
+        sees = torch.cat([seen.gather(1, origin.expand(B, k, M)), itself], dim=2)
+        feature = hidden.gather(1, origin.expand(B, k, dim))
+        return score, tokens.gather(1, best), feature, sees, (older + best + 1)[..., None].expand(B, k, k)
+    score, token = scores.new_empty(B, k), tokens.new_empty(B, k)
+    feature, sees, parents = hidden.new_empty(B, k, dim), seen.new_empty(B, k, M + k), tokens.new_empty(B, k, k)
+    _frontier_kernel[(B * k,)](
+        scores, tokens, hidden.contiguous(), seen.contiguous(), score, token, feature, sees, parents, older, m, M, dim,
+        K=k, BLOCK=triton.next_power_of_2(m * k), BLOCK_K=triton.next_power_of_2(k),
+        BLOCK_M=triton.next_power_of_2(M + k), BLOCK_D=min(1024, triton.next_power_of_2(dim)))
+    return score, token, feature, sees, parents
 
 
 @triton.jit
@@ -48,15 +55,3 @@ def _frontier_kernel(scores_ptr, tokens_ptr, hidden_ptr, seen_ptr, score_ptr, to
     for first in range(0, dim, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         tl.store(feature_ptr + node * dim + d, tl.load(hidden_ptr + proposer * dim + d, mask=d < dim), mask=d < dim)
-
-
-def frontier_triton(scores, tokens, hidden, seen, older):
-    (B, m, dim), M = hidden.shape, seen.shape[2]
-    k = scores.shape[1] // m
-    score, token = scores.new_empty(B, k), tokens.new_empty(B, k)
-    feature, sees, parents = hidden.new_empty(B, k, dim), seen.new_empty(B, k, M + k), tokens.new_empty(B, k, k)
-    _frontier_kernel[(B * k,)](
-        scores, tokens, hidden.contiguous(), seen.contiguous(), score, token, feature, sees, parents, older, m, M, dim,
-        K=k, BLOCK=triton.next_power_of_2(m * k), BLOCK_K=triton.next_power_of_2(k),
-        BLOCK_M=triton.next_power_of_2(M + k), BLOCK_D=min(1024, triton.next_power_of_2(dim)))
-    return score, token, feature, sees, parents

@@ -147,9 +147,9 @@ def split_count(programs, capacity, device):
 def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     (B, H, N, D), (G, M), S = q.shape, k.shape[1:3], k_cache.shape[2]
     rows, BLOCK_D = N * H // G, max(16, triton.next_power_of_2(D))                    # rows per key head
-    # 60 nodes x 4 heads in two blocks, not four, pull the keys through L2 twice: behind 32,768 tokens, 8 key heads, that
+    # 60 nodes x 4 heads in two blocks, not four, pull the keys through L2 twice: behind 32,768 tokens, 8 key heads, it
     # is 0.27 GB a layer, 49 us at 5.5 TB/s, where an H200's memory takes 28 us for the keys themselves. On a Hopper,
-    # whose products read shared memory, 128 rows fit, if the prefix is split; elsewhere they spill, as wider heads do.
+    # whose products read shared memory, 128 rows fit, if the prefix is split; elsewhere they spill, as wide heads do.
     wide = max(BLOCK_D, 128) // 128
     tall = architecture(q.device) == 9 and split_count(B * G * triton.cdiv(rows, 128 // wide), S, q.device) > 1
     BLOCK_M, BLOCK_N = min(max(16, triton.next_power_of_2(rows)), (128 if tall else 64) // wide), 64 // wide
