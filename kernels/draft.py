@@ -49,7 +49,7 @@ def _frontier_kernel(scores_ptr, tokens_ptr, hidden_ptr, seen_ptr, score_ptr, to
     tl.store(score_ptr + node, tl.load(scores_ptr + best))
     tl.store(token_ptr + node, tl.load(tokens_ptr + best))
     child, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
-    tl.store(parents_ptr + node * K + child, (older + best + 1 + child * 0).to(tl.int64), mask=child < K)
+    tl.store(parents_ptr + node * K + child, older + best + 1, mask=child < K)
     seen = tl.load(seen_ptr + proposer * M + column, mask=column < M, other=0) != 0
     tl.store(sees_ptr + node * (M + K) + column, seen | (column == M + rank), mask=column < M + K)
     for first in range(0, dim, BLOCK_D):
