@@ -12,7 +12,7 @@ from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
 from gto.tokenizer import make_encoding, read_own_meta, read_ranks
-from gto.util import UserError, append_log, rank, reading, wait, write_text, write_whole
+from gto.util import UserError, append_log, compute_dtype, rank, reading, wait, write_text, write_whole
 
 
 def save(path, **contents):
@@ -35,8 +35,9 @@ def read(path, kind, device="cpu"):
 
 
 def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype None: a
-    *.pt as it was saved, a download by the device. ranks: under torchrun "gather" or "split" a download."""
+    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype, or its
+    name; None: by the device. ranks: under torchrun "gather" or "split" a download."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or compute_dtype(device)
     if Path(path).suffix != ".pt":
         from gto.released import load
         return load.load_target(path, device, dtype, ranks)

@@ -126,7 +126,10 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         if prefix is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            # On a GPU only the flash kernel shares key heads. It takes no float32: all N x N scores would be stored.
+            shared = q.device.type == "cpu" or q.dtype == torch.bfloat16
+            keys, values = (x if shared else x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=shared)
         else:
             cache, length, sequence = prefix
             out = tree_attention(q, k, v, mask, cache.k[layer], cache.v[layer], length, sequence)

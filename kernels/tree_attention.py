@@ -32,7 +32,8 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
         return tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence)
     # One softmax over [prefix, tree], as a student would write it.
     (B, H, N, D), G = q.shape, k.shape[1]
-    S = int(length.max())                                                            # a sync: fine on CPU
+    # A CPU reads the longest prefix. A GPU would wait for that number, and a graph cannot: all of the cache, masked.
+    S = int(length.max()) if q.device.type == "cpu" else k_cache.shape[2]
     own = slice(None) if sequence is None else sequence                               # each tree's row of the cache
     keys = torch.cat([k_cache[own, :, :S], k], dim=2)                                 # [B, G, S+M, D]
     values = torch.cat([v_cache[own, :, :S], v], dim=2)

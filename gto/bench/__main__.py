@@ -25,15 +25,14 @@ from gto.verify import Sampling
 def load(arguments):
     """What the flags name. -> target, {method: function of sampling and capacity -> Engine}, encoding, questions."""
     out = run_folder(arguments.out_dir, arguments.target)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
     path = arguments.target or out / "target.pt"
-    target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
+    target = load_target(path, arguments.device, arguments.dtype, ranks="split" if ranks() > 1 else None)
     one_thread_if_small(target)
     encoding = load_encoding(arguments.tokenizer or path)
     methods = {"ar": partial(Engine, target, None)}
     for text in arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"):
         name, _, file = text.partition("=")
-        head = load_head(file or name, target, dtype)
+        head = load_head(file or name, target, target.norm.weight.dtype)
         for tree in arguments.tree or (TreeShape(2, 4, 8), TreeShape(8, 5, 24)):
             if (method := f"{name}, tree {tree}") in methods:
                 raise UserError(f"--head {method} is there twice: write NAME=PATH")
@@ -123,7 +122,7 @@ def benchmark(target, methods, encoding, questions, arguments):
 
 
 def main(argv=None):
-    parser = argument_parser("python -m gto.bench", __doc__)
+    parser = argument_parser("python -m gto.bench", __doc__, "--device", "--dtype")
     parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
     parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
     parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
@@ -135,11 +134,10 @@ def main(argv=None):
     parser.add_argument("--temperature", type=at_least(0, float), nargs="+", default=[0.0, 1.0])
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", metavar="FILE.html", help="a page with figures, and a decode")
     parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
     arguments = parser.parse_args(argv)
-    start("cuda" if arguments.shape else arguments.device)
+    start("cuda" if arguments.shape and arguments.device == "cpu" else arguments.device)
     if arguments.shape:
         report = roofline.report(arguments.shape, arguments.tree or (TreeShape(10, 8, 59), TreeShape(1, 7, 7)))
     else:
