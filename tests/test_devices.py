@@ -26,7 +26,7 @@ from gto.data import Corpus, prepare
 from gto.engine import Engine
 from gto.loss import OBJECTIVES
 from gto.ltd import __main__ as ltd
-from gto.ltd.engine import AdaptiveEngine
+from gto.policy import AdaptiveEngine
 from gto.model import Attention, ModelConfig, Target, cast
 from gto.training import Stage, Texts, copy_of, new_head, train_head, train_target, write_texts
 from gto.tree import TreeShape
