@@ -4,7 +4,7 @@
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
     python decode.py --prompt "class Queue:" --show-tree     draw the first draft
     python decode.py --prompt "class Queue:" --report tree.html    step through all of them in a browser
-    python decode.py --prompt "class Queue:" --adaptive      depth and size chosen anew in every cycle
+    python decode.py --prompt "class Queue:" --tree 8,5,24   the same tree in every cycle, not the fastest for it
     python decode.py --target smollm2 --chat --prompt "Why is the sky blue?"         after train.py --target smollm2
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
     torchrun --nproc_per_node=2 decode.py --target Llama-3.3-70B-Instruct ...      the target split over two GPUs
@@ -17,18 +17,19 @@ import time
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto.checkpoint import load_encoding, load_head, load_target, run_folder
+from gto.checkpoint import load_head, load_run
 from gto.engine import Engine
 from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
-from gto.tokenizer import StreamDecoder, end_of_text_id
+from gto.policy import AdaptiveEngine, choose_policy
+from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, rank, ranks, start
+from gto.util import UserError, argument_parser, at_least, main_guard, rank, start
 from gto.verify import Sampling
 
 
 def parse_arguments():
-    parser = argument_parser("python decode.py", __doc__)
+    parser = argument_parser("python decode.py", __doc__, "--device", "--dtype")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--method", choices=("ar", "draft", "control", "gto"), default="gto",
                         help="ar: plain decoding; else the head train.py left under this name (default: gto)")
@@ -37,8 +38,9 @@ def parse_arguments():
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="default: the target's folder")
     parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
-    parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: 2,4,8, on a GPU 10,7,60")
-    parser.add_argument("--adaptive", nargs="?", const="", metavar="POLICY", help="default: gto.ltd's for the head")
+    parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: as --policy decides")
+    parser.add_argument("--policy", choices=("rule", "ltd"),
+                        help="decides on the tree, in every cycle (default: what gto.ltd found faster, else the rule)")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
     parser.add_argument("--top-k", type=at_least(0), default=0)
@@ -48,11 +50,11 @@ def parse_arguments():
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
     parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    if arguments.method == "ar" and (arguments.adaptive is not None or arguments.compare or arguments.show_tree
-                                     or arguments.report):
-        raise UserError("--method ar drafts nothing: leave out --adaptive, --compare, --show-tree and --report")
+    if arguments.method == "ar" and (arguments.policy or arguments.compare or arguments.show_tree or arguments.report):
+        raise UserError("--method ar drafts nothing: leave out --policy, --compare, --show-tree and --report")
+    if arguments.tree and arguments.policy:
+        raise UserError("--tree or --policy: one of them decides")
     return arguments
 
 
@@ -77,28 +79,16 @@ def decode(engine, encoding, prompt, max_new_tokens, stop, show):
 def main():
     arguments = parse_arguments()
     start(arguments.device)
-    shape = arguments.tree or TreeShape.default(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    out = run_folder(arguments.out_dir, arguments.target)
-    path, head_path = arguments.target or out / "target.pt", arguments.head or out / f"{arguments.method}.pt"
-    dtype = torch.bfloat16 if arguments.device != "cpu" else None
-    target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
-    one_thread_if_small(target)
-    head = load_head(head_path, target, dtype) if arguments.method != "ar" else None
-    encoding = load_encoding(arguments.tokenizer or path)
-    if arguments.chat:
-        from gto.released import chat
-        model = chat.load(arguments.tokenizer or path, encoding)
-        prompt, stop = chat.encode(model, [{"role": "user", "content": arguments.prompt}]), model.stops
-    else:
-        prompt, stop = encoding.encode_ordinary(arguments.prompt), {end_of_text_id(encoding)}
+    out, target, encoding, encode, stop = load_run(arguments)
+    prompt, head_path = encode([arguments.prompt]), arguments.head or out / f"{arguments.method}.pt"
+    head = load_head(head_path, target, target.norm.weight.dtype) if arguments.method != "ar" else None
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    engine = fixed = Engine(target, head, shape, sampling, capacity=capacity)
-    if arguments.adaptive is not None:
-        from gto.ltd.engine import AdaptiveEngine
-        from gto.ltd.policy import load_policy, policy_path
-        policy = load_policy(arguments.adaptive or policy_path(head_path), arguments.tree and shape)
+    if arguments.tree or not head:
+        engine = Engine(target, head, arguments.tree, sampling, capacity=capacity)
+    else:
+        policy = choose_policy(arguments.policy, head_path, out, target, head)
         engine = AdaptiveEngine(target, head, policy, sampling, capacity)
     torch.manual_seed(arguments.seed)
     decoded, cycles = decode(engine, encoding, prompt, n, stop, show="" if arguments.chat else arguments.prompt)
@@ -111,12 +101,12 @@ def main():
         torch.manual_seed(arguments.seed)
         plain = timed(Engine(target, None, None, sampling, capacity=capacity), prompt, capacity - len(prompt), stop)
         identical, speedup = plain.tokens == decoded.tokens, decoded.tokens_per_second / plain.tokens_per_second
-        same = "" if sampling.temperature else "the same tokens, " if identical else "DIFFERENT tokens, "
+        same = "the same tokens, " if identical else "DIFFERENT tokens, "
         print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)
         result |= {"speedup": speedup, "identical": identical}
     if arguments.show_tree or arguments.report:
         torch.manual_seed(arguments.seed)
-        watched = watch(fixed, prompt, encoding, n if arguments.report else min(n, shape.depth + 2), stop)
+        watched = watch(engine, prompt, encoding, n if arguments.report else min(n, engine.width + 1), stop)
         if arguments.show_tree:
             print("\n" + tree_text(watched))
         if arguments.report:

@@ -29,8 +29,8 @@ from gto.util import UserError, argument_parser, main_guard, rank, ranks, start,
 
 
 def parse_arguments():
-    parser = argument_parser("python train.py", __doc__)
-    parser.add_argument("--preset", choices=configs.PRESETS, help="default: laptop or gpu, with --target chat or real")
+    parser = argument_parser("python train.py", __doc__, "--device")
+    parser.add_argument("--preset", choices=configs.PRESETS, help="default: what fits the device")
     parser.add_argument("--stage", choices="target text draft gto table".split(), default="table", help="stop after it")
     parser.add_argument("--out-dir", help="where checkpoints, log and table go (default: out, or out/<target>)")
     parser.add_argument("--data", help="a directory of prepare_data.py (default: data/<dataset>), or a chat .jsonl")
@@ -38,7 +38,6 @@ def parse_arguments():
     parser.add_argument("--head", help="with --target: start from this head, ours or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="with --target: default its folder")
     parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.get if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
@@ -49,8 +48,9 @@ def parse_arguments():
         raise UserError(f"--data {arguments.data}: no such chat .jsonl")
     if not arguments.target and (arguments.head or arguments.tokenizer or arguments.spread):
         raise UserError("--head, --tokenizer and --spread are for a released target: add --target FOLDER")
-    fitting = (("laptop", "gpu"), ("chat", "real"))[bool(arguments.target)][arguments.device != "cpu"]
-    return arguments, configs.check(replace(configs.PRESETS[arguments.preset or fitting], **changes))
+    start(arguments.device)
+    preset = arguments.preset or configs.fitting(arguments.device, bool(arguments.target))
+    return arguments, configs.check(replace(configs.PRESETS[preset], **changes))
 
 
 def own_target(arguments, config, out):
@@ -63,7 +63,7 @@ def own_target(arguments, config, out):
     remember_config(out, config, corpus)
     if not exists(out / "target.pt"):
         train_target(config, corpus, out, device)
-    return corpus, load_target(out / "target.pt", device, torch.bfloat16 if device != "cpu" else None)
+    return corpus, load_target(out / "target.pt", device)
 
 
 def released_target(arguments, config, out):
@@ -92,10 +92,9 @@ def training_texts(config, out, target, corpus, chat, texts):
 
 
 def main():
+    torch.set_float32_matmul_precision("high")
     arguments, config = parse_arguments()
     out, device, stage = run_folder(arguments.out_dir, arguments.target), arguments.device, arguments.stage
-    torch.set_float32_matmul_precision("high")
-    start(device)
     if arguments.spread and ranks() == 1:
         raise UserError("--spread needs torchrun --nproc_per_node=N train.py ...")
 
@@ -141,8 +140,8 @@ def main():
         return
 
     # The comparison.
-    for head in sum(heads.values(), []) if device != "cpu" else ():
-        cast(head, torch.bfloat16)
+    for head in sum(heads.values(), []):
+        cast(head, target.norm.weight.dtype)
     if corpus:
         prompts, stop, encoding = corpus.prompt_ids(config.eval_prompts * 5 // 4), (), load_encoding(out)
     else:

@@ -4,6 +4,7 @@ Under torchrun all ranks call these functions together; rank 0 writes."""
 import io
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ import torch
 from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
-from gto.tokenizer import make_encoding, read_own_meta, read_ranks
-from gto.util import UserError, append_log, rank, reading, wait, write_text, write_whole
+from gto.tokenizer import end_of_text_id, make_encoding, read_own_meta, read_ranks
+from gto.util import (UserError, append_log, compute_dtype, one_thread_if_small, rank, ranks, reading, wait, write_text,
+                      write_whole)
 
 
 def save(path, **contents):
@@ -35,8 +37,9 @@ def read(path, kind, device="cpu"):
 
 
 def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype None: a
-    *.pt as it was saved, a download by the device. ranks: under torchrun "gather" or "split" a download."""
+    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype, or its
+    name; None: by the device. ranks: under torchrun "gather" or "split" a download."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or compute_dtype(device)
     if Path(path).suffix != ".pt":
         from gto.released import load
         return load.load_target(path, device, dtype, ranks)
@@ -87,16 +90,31 @@ def load_encoding(source):
     return tokenizers.load(path if Path(source).suffix == ".pt" else source)
 
 
+def load_run(arguments):
+    """What the flags of decode.py and gto.bench name. -> the folder of the heads; the target; its tokenizer; a function
+    [text, ...] -> ids of questions and answers in turn, up to the next answer; the tokens that end an answer."""
+    out = run_folder(arguments.out_dir, arguments.target)
+    path = arguments.target or out / "target.pt"
+    target = load_target(path, arguments.device, arguments.dtype, ranks="split" if ranks() > 1 else None)
+    one_thread_if_small(target)
+    source = arguments.tokenizer or path
+    encoding = load_encoding(source)
+    if not arguments.chat:                                        # text follows text
+        return out, target, encoding, lambda texts: encoding.encode_ordinary("".join(texts)), {end_of_text_id(encoding)}
+    from gto.released import chat
+    template = chat.load(source, encoding)
+    return out, target, encoding, partial(chat.encode_turns, template), template.stops
+
+
 def remember_config(out, config, corpus=None, **inputs):
     """Write out/config.json, and the corpus' tokenizer and prompts beside it, so that decoding needs nothing else.
     UserError if the folder was begun with other numbers or inputs."""
     path, now = out / "config.json", {**asdict(config), **inputs}
     if rank() == 0:
-        if path.exists():
-            with reading(path):
-                before = {**asdict(Config()), **inputs, **json.loads(path.read_text())}
-            if changed := [name for name in before | now if before.get(name) != now.get(name)]:
-                raise UserError(f"{path} has another {', '.join(changed)}: choose another --out-dir")
+        with reading(path):
+            before = {**asdict(Config()), **inputs, **json.loads(path.read_text())} if path.exists() else now
+        if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+            raise UserError(f"{path} has another {', '.join(changed)}: choose another --out-dir")
         for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
             write_whole(out / name, Path(corpus.directory, name).read_bytes())
         write_text(path, json.dumps(now, indent=1))
@@ -111,8 +129,7 @@ def load_config(out):
 
 
 def run_folder(out_dir, target):
-    """Where the heads for a target are: out_dir if given; for a checkpoint its folder; for a released target its name
-    in out, without one out itself."""
+    """Where a target's heads are: in out_dir if given, beside a checkpoint, in out/<name> of a released one, or out."""
     if out_dir or not target:
         return Path(out_dir or "out")
     path = Path(target)

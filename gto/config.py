@@ -2,8 +2,10 @@
 from dataclasses import dataclass, fields
 from math import prod
 
+import torch
+
 from gto.tree import TreeShape
-from gto.util import MOST, UserError
+from gto.util import MOST, UserError, compute_dtype
 
 
 @dataclass
@@ -21,7 +23,8 @@ class Config:
     head_dim: int = 32
     ffn_dim: int = 256
     target_steps: int = 680
-    target_batch: int = 4
+    target_batch: int = 4          # sequences at a time
+    target_accumulate: int = 1     # of such batches in a step
     muon_lr: float = 0.02          # hidden matrices
     adam_lr: float = 3e-2          # embedding and norms: at small rates the tied embedding is what learns too slowly
 
@@ -75,10 +78,16 @@ PRESETS = {
                     head_ffn_dim=128, head_steps=40, gto_steps=6, seeds=1, tree="4,3,8", eval_prompts=16,
                     eval_tokens=48),
     "gpu": Config(dataset="python", vocab_size=16384, length=512, layers=12, dim=768, heads=12, kv_heads=4, head_dim=64,
-                  ffn_dim=2048, target_steps=3500, target_batch=128, adam_lr=3e-3, texts=8192, text_batch=512,
-                  head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16, head_lr=3e-3,
-                  head_muon_lr=0.02, gto_steps=400, gto_batch=8, label_temperature=1.0, tree="10,7,60",
+                  ffn_dim=2048, target_steps=3500, target_batch=32, target_accumulate=4, adam_lr=3e-3, texts=8192,
+                  text_batch=512, head_ffn_dim=2048, draft_vocab_size=16384, head_steps=3000, head_batch=16,
+                  head_lr=3e-3, head_muon_lr=0.02, gto_steps=400, gto_batch=8, label_temperature=1.0, tree="10,7,60",
                   eval_tokens=256),
+    # In half an hour on a GPU of 8 GB, or one without bfloat16 (not measured).
+    "gpu-small": Config(dataset="python", vocab_size=8192, length=512, layers=12, dim=384, heads=6, kv_heads=2,
+                        head_dim=64, ffn_dim=1024, target_steps=1000, target_batch=16, target_accumulate=2,
+                        adam_lr=1e-2, texts=2048, text_batch=256, head_ffn_dim=1024, draft_vocab_size=8192,
+                        head_steps=1500, head_batch=8, head_lr=6e-3, head_muon_lr=0.03, gto_steps=150, gto_batch=4,
+                        label_temperature=1.0, tree="10,7,60"),
     # For a released chat model of 100 to 200 million parameters, in about an hour on two cores.
     "chat": Config(texts=384, head_ffn_dim=0, draft_vocab_size=4096, unroll=2, head_steps=700, head_lr=3e-3,
                    head_muon_lr=0.08, gto_steps=24, gto_batch=2, seeds=1, eval_tokens=64),
@@ -94,9 +103,9 @@ LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr
                       0) | {"eval_prompts": 4, "eval_tokens": 2}
 # What may be too large for any memory, by the numbers whose product is about its size.
 TENSORS = ("layers dim ffn_dim", "layers dim heads head_dim", "vocab_size dim", "dim head_ffn_dim", "texts length",
-           "target_batch length vocab_size", "target_batch length layers dim", "head_batch accumulate length",
-           "gto_batch accumulate groups group_size length", "text_batch length layers heads head_dim",
-           "eval_prompts eval_tokens layers heads head_dim")
+           "target_batch target_accumulate length", "target_batch length vocab_size", "target_batch length layers dim",
+           "head_batch accumulate length", "gto_batch accumulate groups group_size length",
+           "text_batch length layers heads head_dim", "eval_prompts eval_tokens layers heads head_dim")
 
 
 def check(c):
@@ -119,3 +128,10 @@ def check(c):
     if c.length <= max(c.prompt_length, c.unroll + 2, c.group_size + tree.depth + 1):
         raise UserError(f"--length {c.length}: too short for --prompt-length, --unroll, or --group-size and the --tree")
     return c
+
+
+def fitting(device, released):
+    """The preset for a device, to train a target or for a released one: by a GPU's memory, and whether it is fast."""
+    large = compute_dtype(device) == torch.bfloat16 and torch.cuda.get_device_properties(device).total_memory > 20e9
+    sizes = ("chat", "chat", "real") if released else ("laptop", "gpu-small", "gpu")
+    return sizes[(torch.device(device).type == "cuda") + large]

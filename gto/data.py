@@ -67,28 +67,29 @@ def read_text(path):
     """The file's text, nothing if it cannot be read as UTF-8 text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
+        return "" if "\0" in text else text
     except (OSError, UnicodeDecodeError):
         return ""
-    return "" if "\0" in text else text
 
 
-def read_turns(line, where):
-    """One line of a chat .jsonl -> [(role, text)]; ShareGPT's human and gpt are user and assistant. `where` is for the
-    error. Knows "messages" [{role, content}], "conversations" [{from, value}] and "turns" of the user."""
-    roles = {"human": "user", "gpt": "assistant", "model": "assistant"}
-    try:
-        record = json.loads(line)
-        if "messages" in record:
-            turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
-        elif "conversations" in record:
-            turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        else:
-            turns = [("user", turn) for turn in record["turns"] + []]                 # a list, nothing else
-        if not all(isinstance(part, str) for turn in turns for part in turn):
-            raise TypeError
-        return [(roles.get(role, role), text) for role, text in turns]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'{where}: expected an object with "turns", "messages" or "conversations"') from None
+def read_conversations(path, limit=None):
+    """The first `limit` conversations of a chat .jsonl, [(role, text), ...] each; ShareGPT's human and gpt are user and
+    assistant. A line has "messages" [{role, content}], "conversations" [{from, value}] or "turns" of the user."""
+    roles, found = {"human": "user", "gpt": "assistant", "model": "assistant"}, []
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    for number, line in lines[:limit]:
+        with reading(f'{path}, line {number}, expected as an object with "turns", "messages" or "conversations",'):
+            record = json.loads(line)
+            if "messages" in record:
+                turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
+            elif "conversations" in record:
+                turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+            else:
+                turns = [("user", turn) for turn in record["turns"] + []]             # a list, nothing else
+            if not all(isinstance(part, str) for turn in turns for part in turn):
+                raise TypeError("what is no text")
+            found.append([(roles.get(role, role), text) for role, text in turns])
+    return found
 
 
 def split(documents, val_fraction=.05):
@@ -129,9 +130,7 @@ def cut_prompts(documents, count=128, seed=0):
 
 def read_prompts(path, limit=None):
     """The first `limit` prompts of a question.jsonl (ours, MT-bench, HumanEval, GSM8K): each a list of user turns."""
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
-    prompts = [[text for role, text in read_turns(line, f"{path}, prompt {number}") if role == "user" and text]
-               for number, line in enumerate(lines[:limit], 1)]
+    prompts = [[text for role, text in turns if role == "user" and text] for turns in read_conversations(path, limit)]
     if not all(prompts) or not prompts:
         raise UserError(f'{path} holds no prompts, or an empty one: expected {{"turns": ["text", ...]}} on every line')
     return prompts
@@ -142,7 +141,12 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
     trained here, with the end-of-text token (little text gives fewer); tokenizer: use this one."""
     encoding = load_encoding(tokenizer) if tokenizer is not None else None
     train, val = split(collect(dataset, inputs))
-    out = make_room(out)
+    out, ours = Path(out), read_own_meta(out) is not None
+    out.mkdir(parents=True, exist_ok=True)
+    for path in filter(Path.exists, (out / "meta.json", out / "tokenizer.model")):    # incomplete from here on
+        if not ours:
+            raise UserError(f"{path} is not of a data directory, but a model's perhaps: choose another --out")
+        path.unlink()
     if encoding is None:
         stride = 1 + sum(len(text) for _, text in train) // BPE_SAMPLE_CHARS
         ranks = train_bpe([text for _, text in train[::stride]], vocab_size - 1, LLAMA3_PATTERN)
@@ -150,32 +154,16 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
     meta = save_tokenizer(out / "tokenizer.model", encoding)
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
     for side, documents in ("train", train), ("val", val):
-        tokens = encode(documents, encoding, meta)
+        parts = []
+        for _, text in tqdm(documents, "encode", unit="doc", disable=None):
+            ids = [token for piece in PIECE.findall(text) for token in encoding.encode_ordinary(piece)]
+            parts.append(np.array([*ids, meta["eot_id"]], dtype=meta["dtype"]))
+        tokens = np.concatenate(parts)
         write_whole(out / f"{side}.bin", tokens)
         meta |= {f"{side}_documents": len(documents), f"{side}_tokens": len(tokens)}
     write_text(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
-
-
-def make_room(out):
-    """Create `out`, incomplete from here on; refuse a folder whose tokenizer.model or meta.json somebody else wrote."""
-    out, ours = Path(out), read_own_meta(out) is not None
-    out.mkdir(parents=True, exist_ok=True)
-    for path in filter(Path.exists, (out / "meta.json", out / "tokenizer.model")):
-        if not ours:
-            raise UserError(f"{path} is not of a data directory, but a model's perhaps: choose another --out")
-        path.unlink()
-    return out
-
-
-def encode(documents, encoding, meta):
-    """All (name, text) documents as one array of meta["dtype"], an end-of-text token behind each."""
-    parts = []
-    for _, text in tqdm(documents, "encode", unit="doc", disable=None):
-        ids = [token for piece in PIECE.findall(text) for token in encoding.encode_ordinary(piece)]
-        parts.append(np.array([*ids, meta["eot_id"]], dtype=meta["dtype"]))
-    return np.concatenate(parts)
 
 
 class Corpus:

@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from gto.model import KVCache, Prefix
-from gto.tree import Tree, TreeShape, draft_tree, rows, score_temperature
+from gto.tree import Tree, TreeShape, candidates, expand, first_level, rerank, rows, score_temperature
 from gto.util import UserError
 from gto.verify import Sampling, verify
 from kernels.graphs import Graphs
@@ -38,6 +38,7 @@ class Engine:
         # but the root. `features` and `emitted` are the head's next slots: the last cycle's accepted path.
         self.length, self.num_accepted, self.emitted = zeros(), zeros(), zeros(self.width)
         self.features = zeros(self.width, 3 * target.config.dim, dtype=target.norm.weight.dtype)
+        self.uniform = torch.zeros(batch, self.capacity, device=self.device)          # for the token behind each position
         self.root_tree = Tree(zeros(1), zeros(1), zeros(1, 1, dtype=torch.bool) | True, zeros(1), zeros(1))
         self.run = Graphs(self.device, (self.length, self.num_accepted, self.emitted, self.features))
 
@@ -58,7 +59,8 @@ class Engine:
         self.target_cache.commit(keys, values, start)
         last = (self.length - 1)[:, None]                                             # [B, 1]
         logits = self.target.logits(rows(hidden, last))                               # [B, 1, V]
-        _, _, self.emitted[:, :1] = verify(logits, self.root_tree, self.sampling, width=1)
+        self.uniform.uniform_()
+        _, _, self.emitted[:, :1] = verify(logits, self.root_tree, self.sampling, 1, self.uniform.gather(1, last))
         self.num_accepted.zero_()
         if self.head is not None:
             # The last slot is left to the first cycle, which overwrites it: its next token is the root.
@@ -70,29 +72,53 @@ class Engine:
     def extend(self, width=None):
         """Extend the head over the newly committed tokens, which end with the root: `width` slots, None: all. -> its
         output at the root [B, dim], which predicts the tree's first level; the root [B]; what the tree may see."""
-        emitted, features = self.emitted[:, :width], self.features[:, :width]
-        B, P = emitted.shape
         # Slots in the head's cache, [B]; it would be below 0 behind the end of a sequence that waits for others.
         committed = (self.length - self.num_accepted - 1).clamp(min=0)
+        hidden = self.read(self.features[:, :width], self.emitted[:, :width], committed)
+        last = self.num_accepted[:, None]                                             # [B, 1]
+        return rows(hidden, last)[:, 0], self.root(), Prefix(self.head_cache, self.length)
+
+    def read(self, features, tokens, committed):
+        """The head behind its first `committed` [B] slots: features [B, P, 3 * dim], tokens [B, P] -> [B, P, dim]."""
+        B, P = tokens.shape
         steps = torch.arange(P, device=self.device)
         causal = (steps <= steps[:, None]).expand(B, P, P)
-        hidden, keys, values = self.head(self.head.fuse(features), emitted, committed[:, None] + steps,
-                                         causal, Prefix(self.head_cache, committed))
+        hidden, keys, values = self.head(self.head.fuse(features), tokens, committed[:, None] + steps, causal,
+                                         Prefix(self.head_cache, committed))
         self.head_cache.commit([keys], [values], committed)
-        last = self.num_accepted[:, None]                                             # [B, 1]
-        return rows(hidden, last)[:, 0], rows(self.emitted, last)[:, 0], Prefix(self.head_cache, self.length)
+        return hidden
+
+    def root(self):
+        """The last committed token, [B]: the only one that the target has not read."""
+        return self.emitted.gather(1, self.num_accepted[:, None])[:, 0]
+
+    def draft_levels(self, width=None):
+        """Draft behind the root. -> root [B]; a Draft, None in plain decoding; how many of its nodes to verify."""
+        if self.head is None:
+            return self.root(), None, 0
+        hidden, root, prefix = self.extend(width)
+        draft = first_level(self.head, hidden, self.shape.top_k, self.score_temp)
+        for _ in range(self.shape.depth - 1):
+            draft = expand(self.head, draft, prefix, self.score_temp)
+        return root, draft, self.shape.nodes
+
+    def tree(self, root, draft, nodes):
+        """The best `nodes` nodes of a draft behind its root, as a Tree. 0: only the root."""
+        if nodes == 0:
+            return self.root_tree._replace(tokens=root[:, None])
+        return rerank(root, *candidates(draft), TreeShape(self.shape.top_k, len(draft.scores), nodes))
 
     def draft(self, width=None):
-        """Draft a tree behind the last committed token."""
-        if self.head is None:
-            return self.root_tree._replace(tokens=self.emitted.gather(1, self.num_accepted[:, None]))
-        return draft_tree(self.head, *self.extend(width), self.shape, self.score_temp)
+        """-> a Tree behind the last committed token."""
+        return self.tree(*self.draft_levels(width))
 
     def verify(self, tree):
         """One target forward over the tree; commits the accepted path and updates the state."""
-        hidden, features, keys, values = self.target(tree.tokens, self.length[:, None] + tree.depth, tree.mask,
+        positions = self.length[:, None] + tree.depth                                 # [B, N]
+        hidden, features, keys, values = self.target(tree.tokens, positions, tree.mask,
                                                      Prefix(self.target_cache, self.length))
-        path, num_accepted, emitted = verify(self.target.logits(hidden), tree, self.sampling, self.width)
+        uniform = self.uniform.gather(1, positions.clamp(max=self.capacity - 1)) if self.sampling.temperature else None
+        path, num_accepted, emitted = verify(self.target.logits(hidden), tree, self.sampling, self.width, uniform)
         self.target_cache.commit(keys, values, self.length, path)
         self.features[:, :self.width] = rows(features, path)
         self.emitted[:, :self.width] = emitted

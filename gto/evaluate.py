@@ -15,6 +15,7 @@ from gto.checkpoint import read_log, seconds_of
 from gto.engine import Engine, cut
 from gto.model import Prefix
 from gto.page import watch, write_page
+from gto.policy import AdaptiveEngine, Rule, costs_here
 from gto.rollout import Text, target_forward
 from gto.tree import TreeShape, draft_tree
 from gto.util import one_thread_if_small, rank, synchronize, table, write_text
@@ -152,10 +153,12 @@ def timed(engine, prompt, new_tokens, stop=()):
 
 
 def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
-    """Decode by engines of batch 1, {name: Engine}, in turn, so that they share bad moments. -> {name: [Decoded]}."""
-    result = {name: [] for name in engines}
-    for prompt in tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0):
+    """Decode by engines of batch 1, {name: Engine}, in turn, so that they share bad moments; at any temperature they
+    write the same text. -> {name: [Decoded]}."""
+    result, seed = {name: [] for name in engines}, torch.initial_seed()
+    for number, prompt in enumerate(tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0)):
         for name, engine in engines.items():
+            torch.manual_seed(seed + number)
             result[name].append(timed(engine, prompt, new_tokens, stop))
     return {name: decoded[1:] for name, decoded in result.items()}                    # the first is the warm-up
 
@@ -182,20 +185,22 @@ def compare_tau(config, target, heads, prompts, others, stop):
         results["calibration"][f"{T:g}"] = {s: calibration(heads["gto"][0], tune, shape, s) for s in temperatures}
         if T == 0:                                                                    # is speculation lossless?
             plain = [row[len(prompt):][:new_tokens] for row, prompt in zip(test.text.tokens.tolist(), prompts)]
-            tree, room = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens
-            engine = Engine(target, heads["gto"][0], tree, batch=len(prompts), capacity=room)
+            room = max(map(len, prompts)) + new_tokens
+            engine = Engine(target, heads["gto"][0], shape, batch=len(prompts), capacity=room)
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
             results["greedy_equal"] = sum(map(list.__eq__, written, plain))
             results["distinct_tokens"] = sum(len(set(row)) for row in plain) / len(plain)
     return results, taus
 
 
-def compare_speed(target, heads, prompts, new_tokens, stop):
-    """Tokens a second in decode.py's default tree, and over plain decoding. -> {(T, name): columns of its row}."""
-    tree, room, columns = TreeShape.default(target.norm.weight.device), max(map(len, prompts)) + new_tokens + 16, {}
+def compare_speed(target, heads, prompts, new_tokens, stop, costs):
+    """Tokens a second as decode.py drafts by default, by the rule, and over plain decoding. -> {(T, name): columns of
+    its row}. costs: of gto.policy."""
+    room, columns = max(map(len, prompts)) + new_tokens + 16, {}
     for T in SCORE_TEMPS:
-        engines = {name: Engine(target, heads.get(name, [None])[0], tree, Sampling(T), capacity=room)
-                   for name in ("ar", *heads)}
+        engines = {"ar": Engine(target, None, sampling=Sampling(T), capacity=room)} | {
+            name: AdaptiveEngine(target, trained[0], Rule(costs), Sampling(T), room)
+            for name, trained in heads.items()}
         decoded = speeds(engines, prompts, new_tokens, stop, desc=f"speed, T={T:g}")
         rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
         columns |= {(T, name): {"tokens/s": round(rate.median().item()),
@@ -210,7 +215,8 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
     others, prompts, new_tokens = prompts[::5], [p for i, p in enumerate(prompts) if i % 5], config.eval_tokens
     results, taus = compare_tau(config, target, heads, prompts, others, stop)
     one_thread_if_small(target)
-    for (T, name), columns in compare_speed(target, heads, prompts[:TIMED], new_tokens, stop).items():
+    costs = costs_here(out, target, heads["gto"][0])
+    for (T, name), columns in compare_speed(target, heads, prompts[:TIMED], new_tokens, stop, costs).items():
         results["rows"][T, name] |= columns | ({} if name == "ar" else {"training, s": round(seconds_of(out, name))})
     rows = list(results["rows"].values())
     differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
@@ -218,7 +224,7 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
     gains = " and ".join(T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error)
     lines = [f"tau with tree {config.tree} ± standard error over {results['prompts']} held-out prompts x {new_tokens}"
              f" tokens, mean of {config.seeds} seeds, each head with its best score temperature. Path: the head's"
-             f" greedy path. Speed: batch 1, decode.py's default tree, median over {TIMED} prompts.",
+             f" greedy path. Speed: batch 1, trees chosen by the rule, median over {TIMED} prompts.",
              f"Greedy output equal to plain greedy decoding: {results['greedy_equal']} of {results['prompts']} texts,"
              f" with {results['distinct_tokens']:.0f} distinct tokens each.",
              *(f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."

@@ -9,6 +9,7 @@ from torch import nn
 
 from gto.model import KV, Attention, ModelConfig, RMSNorm, SwiGLU, rotary_frequencies, rotation
 from gto.util import UserError
+from kernels.fused import embed_norm_cat
 
 
 @dataclass
@@ -52,7 +53,8 @@ class DraftHead(nn.Module):
     def inputs(self, hidden, tokens, positions):
         """hidden [B, N, dim], tokens and positions [B, N] -> attention input [B, N, 2 * dim], cos, sin."""
         embed = self.embed if self.config.own_embedding else self._lent[0]
-        x = torch.cat([self.token_norm(embed(tokens).to(hidden.dtype))[1], self.feature_norm(hidden)[1]], dim=-1)
+        x = embed_norm_cat(tokens, embed.weight, self.token_norm.weight, hidden, self.feature_norm.weight,
+                           self.config.norm_eps)
         return x, *rotation(positions, self.frequencies)
 
     def outputs(self, hidden, attended):

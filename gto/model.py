@@ -50,7 +50,7 @@ def rotary_frequencies(config):
 
 def rotation(positions, frequencies):
     """positions [B, N] -> cos, sin [B, N, D/2], float32 at any length: there is no table to outgrow."""
-    angles = positions[..., None].float() * frequencies
+    angles = positions[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -112,9 +112,8 @@ class Attention(nn.Module):
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv(x).view(*x.shape[:2], H + 2 * G, D)
         qk, v = qkv[:, :, :H + G], qkv[:, :, H + G:]
-        if self.q_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, :H])[1], self.k_norm(qk[:, :, H:])[1]], dim=2)
-        q, k = rotate(qk, cos, sin).split([H, G], dim=2)
+        norms = (self.q_norm.weight, self.k_norm.weight, H, self.q_norm.eps) if self.q_norm is not None else None
+        q, k = rotate(qk, cos, sin, norms).split([H, G], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def merge(self, attended):
@@ -127,7 +126,10 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         if prefix is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            # On a GPU only the flash kernel shares key heads. It takes no float32: all N x N scores would be stored.
+            shared = q.device.type == "cpu" or q.dtype == torch.bfloat16
+            keys, values = (x if shared else x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=shared)
         else:
             cache, length, sequence = prefix
             out = tree_attention(q, k, v, mask, cache.k[layer], cache.v[layer], length, sequence)

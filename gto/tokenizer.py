@@ -20,8 +20,7 @@ from gto.util import UserError, reading, write_whole
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 END_OF_TEXT = "<|end_of_text|>"
-# How released tokenizers name the token between two documents.
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>")
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|endoftext|>", "<｜end▁of▁sentence｜>", "</s>")     # in released tokenizers
 
 
 class Encoding(tiktoken.Encoding):
@@ -82,8 +81,7 @@ def end_of_text_id(encoding):
 
 
 class StreamDecoder:
-    """Tokens in, text out, while they arrive: a character whose bytes span several tokens is held back till complete,
-    or till finish() returns it as U+FFFD."""
+    """Tokens in, text out: a character of several tokens is held back till complete, or till finish(), as U+FFFD."""
 
     def __init__(self, encoding):
         self.encoding = encoding

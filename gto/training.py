@@ -14,8 +14,9 @@ from gto.loss import Batch, learnt_positions, token_loss, unroll_text
 from gto.model import ModelConfig, Target, small_normal
 from gto.rollout import Text, sample_groups, target_forward
 from gto.tree import TreeShape
-from gto.util import UserError, append_log, average, rank, ranks, reading
+from gto.util import UserError, append_log, average, compute_dtype, rank, ranks, reading
 from gto.verify import Sampling
+from kernels import HAS_TRITON, is_modern
 from kernels.muon import Muon
 
 SAVE_EVERY = 200        # steps: a multiple of config.rollout_steps, and of the 10 that find a loss that is no number
@@ -39,22 +40,21 @@ class Stage(NamedTuple):
 
 
 def train_target(config, corpus, out, device):
-    """A target from scratch, saved as out/target.pt: next-token cross-entropy. On CUDA in bf16, compiled."""
+    """A target from scratch, saved as out/target.pt: next-token cross-entropy. In bf16, compiled, if the GPU can."""
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in ("layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim")}
     target = Target(ModelConfig(corpus.vocab_size, **shape, max_len=4 * config.length)).init_weights().to(device)
-    on_gpu = torch.device(device).type == "cuda"
-    forward = torch.compile(target) if on_gpu else target
+    forward = torch.compile(target) if HAS_TRITON and is_modern(torch.device(device)) else target
 
-    def loss_of(step):
-        batch = corpus.batch("train", step, config.target_batch * ranks(), config.length, config.seed)
+    def loss_of(part):
+        batch = corpus.batch("train", part, config.target_batch * ranks(), config.length, config.seed)
         batch = batch[rank()::ranks()].to(device)                                     # [B, T+1]
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=on_gpu):
-            hidden, *_ = forward(batch[:, :-1], keep_kv=False)
+        with torch.autocast("cuda", torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16):
+            hidden = forward(batch[:, :-1], keep_kv=False)[0]                         # the features are not kept
             return F.cross_entropy(target.logits(hidden).flatten(0, 1).float(), batch[:, 1:].flatten()), {}
 
     train(Stage("target", config.target_steps, config.target_batch), target,
-          optimizers_for(target, config.muon_lr, config.adam_lr), loss_of, out)
+          optimizers_for(target, config.muon_lr, config.adam_lr), loss_of, out, accumulate=config.target_accumulate)
 
 
 def write_texts(config, target, corpus):
@@ -66,6 +66,7 @@ def write_texts(config, target, corpus):
         prompts = corpus.batch("train", step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
         engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)
         texts.append(torch.tensor(engine.complete(prompts, config.length - config.prompt_length)))
+        del engine                                                                    # before the next takes its memory
     tokens = torch.cat(texts)
     return tokens, torch.ones_like(tokens, dtype=torch.bool)
 

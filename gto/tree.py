@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from gto.util import UserError
+from kernels.acceptance import propose
+from kernels.draft import frontier
 
 
 @dataclass
@@ -75,13 +77,6 @@ def rows(x, index):
     return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
 
-def propose(head, hidden, k, temperature):
-    """The k likeliest next tokens: hidden [..., dim] -> log-probabilities and target token ids, [..., k] each."""
-    log_p = torch.log_softmax(head.logits(hidden).float() / temperature, dim=-1)      # [..., V']
-    top, index = log_p.topk(k, dim=-1)
-    return top, head.token_ids[index]
-
-
 class Draft(NamedTuple):
     """A draft of some levels, before re-ranking: k candidates at the first level, k * k at every further one.
 
@@ -91,8 +86,8 @@ class Draft(NamedTuple):
         level 2    2 3 of 1, 4 5 of 0     parents 2 2 1 1    frontier, say: 3 5
         level 3    6 7 of 3, 8 9 of 5     parents 4 4 6 6
 
-    In its level node 5 is `best` = 3, so frontier node `best // k` = 1 proposed it; `older` = 2 candidates stand before
-    the level, so it is number older + best. It saw what its proposer saw, and itself: k more columns of `seen` a level.
+    In its level node 5 is `best` = 3 (see `frontier`), so frontier node `best // k` = 1 proposed it; `older` = 2 stand
+    before the level, so it is number older + best. It saw what its proposer saw, and itself: k more columns of `seen`.
     """
     scores: tuple           # by level [B, n]: sums of draft log-probabilities from the root
     tokens: tuple           # by level [B, n]
@@ -104,7 +99,7 @@ class Draft(NamedTuple):
 
 def first_level(head, hidden, k, temperature):
     """hidden [B, dim], the head's output at the last true slot -> a Draft of one level. No head pass."""
-    score, token = propose(head, hidden, k, temperature)                              # [B, k] each
+    score, token = propose(head.logits(hidden), head.token_ids, k, temperature)       # [B, k] each
     nothing = torch.zeros(len(hidden), 1, 0, dtype=torch.bool, device=hidden.device)
     return Draft((score,), (token,), (torch.zeros_like(token),), hidden[:, None], nothing, None)
 
@@ -112,16 +107,11 @@ def first_level(head, hidden, k, temperature):
 def expand(head, draft, prefix, temperature):
     """One head pass: the frontier, the k best candidates of the newest level, gets k children each. -> Draft."""
     level, (B, k) = len(draft.scores), draft.scores[0].shape
-    score, best = draft.scores[-1].topk(k, dim=1)                                     # [B, k]
-    origin = best // k                                                                # [B, k] who proposed them
-    token, feature = rows(draft.tokens[-1], best), rows(draft.hidden, origin)
-    self_only = torch.eye(k, dtype=torch.bool, device=best.device).expand(B, k, k)
-    seen = torch.cat([rows(draft.seen, origin), self_only], dim=2)                    # [B, k, level * k]
-    positions = (prefix.length + level - 1)[:, None].expand(B, k)
-    hidden, *past = head(feature, token, positions, seen, prefix, draft.past)         # [B, k, dim]
-    child, child_token = propose(head, hidden, k, temperature)                        # [B, k, k]
     older = sum(scores.shape[1] for scores in draft.scores[:-1])
-    parents = (older + best + 1)[..., None].expand(B, k, k)
+    score, token, feature, seen, parents = frontier(draft.scores[-1], draft.tokens[-1], draft.hidden, draft.seen, older)
+    positions = (prefix.length + (level - 1))[:, None].expand(B, k)
+    hidden, *past = head(feature, token, positions, seen, prefix, draft.past)         # [B, k, dim]
+    child, child_token = propose(head.logits(hidden), head.token_ids, k, temperature)  # [B, k, k]
     return Draft((*draft.scores, (score[..., None] + child).flatten(1)), (*draft.tokens, child_token.flatten(1)),
                  (*draft.parents, parents.flatten(1)), hidden, seen, tuple(past))
 

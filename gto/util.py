@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from kernels import is_modern
+
 MOST = 2**32 - 1    # no number of a flag is larger
+FLAGS = {"--device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},    # of several programs
+         "--dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "default: what the device is fast at"}}
 
 
 class UserError(Exception):
@@ -31,8 +35,8 @@ def main_guard(main):
     sys.exit(2)
 
 
-def argument_parser(command, description):
-    """An ArgumentParser whose complaints are UserErrors. command: how the program is called, "python train.py"."""
+def argument_parser(command, description, *flags):
+    """An ArgumentParser, with these FLAGS, whose complaints are UserErrors. command: as in "python train.py"."""
     parser = argparse.ArgumentParser(prog=command, description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -40,6 +44,8 @@ def argument_parser(command, description):
         raise UserError(f"{message} ({command} --help shows all flags)")
 
     parser.error = error
+    for flag in flags:
+        parser.add_argument(flag, **FLAGS[flag])
     return parser
 
 
@@ -110,6 +116,12 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def compute_dtype(device):
+    """What models compute in if nobody says: bfloat16 on a GPU that has it (older ones emulate it and crawl, whatever
+    torch.cuda.is_bf16_supported() says), else float32. Not float16: without a scaler its gradients vanish."""
+    return torch.bfloat16 if is_modern(torch.device(device)) else torch.float32
+
+
 def one_thread_if_small(target):
     """For decoding one sequence on a CPU: a small target's matrix products are over before a second thread is awake
     (measured: twice as slow with two). A large one's wait for memory, and training's are large: these want them all."""
@@ -135,7 +147,8 @@ def start(device):
     if device != "cpu" and not device.startswith("cuda"):
         raise UserError(f"--device {device}: must be cpu or cuda, or cuda:1 and so on for one of several")
     try:
-        torch.zeros(1, device=device)
+        if (found := torch.zeros(1, device=device).device).type == "cuda":
+            torch.cuda.set_device(found)                           # kernels are launched on the current device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
 

@@ -12,8 +12,10 @@ Rejection sampling with q = 1, as in EAGLE's code (try the children in turn, acc
 p(x) = 0 and renormalise), reaches and takes child i with probability (1 - p_1 - .. - p_{i-1}) * p_i / (1 - p_1 - .. -
 p_{i-1}) = p_i, and what is left is p without the children: the same distribution, by one draw instead of many.
 
-The draws of all nodes are independent, so they can be made for all nodes at once, whether or not a node is reached:
-"walk down from the root" then becomes "a node is accepted if it and all its ancestors match", `accept`."""
+The draws can be made for all nodes at once, whether or not a node is reached: "walk down from the root" then becomes "a
+node is accepted if it and all its ancestors match", `accept`. And nodes of one depth may share a random number, as only
+one of them is ever reached: the engine has one for every position of a text, drawn before anything is drafted. So the
+same seed writes the same text, by any tree, at any temperature."""
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +50,10 @@ def warp(logits, sampling):
     return logits
 
 
-def choose(logits, sampling):
-    """The target's next token after every node: logits [B, N, V] -> [B, N]."""
+def choose(logits, sampling, uniform):
+    """The target's next token after every node: logits [B, N, V], uniform [B, N] random numbers -> [B, N]."""
     if sampling.temperature == 0:
         return score_nodes(logits, temperature=0.0)[0]
-    uniform = torch.rand(logits.shape[:2], device=logits.device)
     if sampling.top_k or sampling.top_p < 1:
         return score_nodes(warp(logits, sampling), temperature=1.0, uniform=uniform)[0]
     return score_nodes(logits, temperature=sampling.temperature, uniform=uniform)[0]
@@ -72,9 +73,9 @@ def accept(tree, choice, width):
     return path, num_accepted, choice.gather(1, path.gather(1, num_accepted[:, None])).squeeze(1)
 
 
-def verify(logits, tree, sampling, width):
-    """logits [B, N, V] after each node of the tree -> path, num_accepted as `accept` returns them; emitted [B, width]:
+def verify(logits, tree, sampling, width, uniform=None):
+    """logits [B, N, V] after each node of the tree; uniform [B, N] random numbers, if T > 0 -> path, num_accepted as `accept` returns them; emitted [B, width]:
     the accepted tokens, then the token the target adds itself, then padding."""
-    path, num_accepted, bonus = accept(tree, choose(logits, sampling), width)
+    path, num_accepted, bonus = accept(tree, choose(logits, sampling, uniform), width)
     drafted = tree.tokens.gather(1, path).roll(-1, dims=1)             # path tokens without the root
     return path, num_accepted, drafted.scatter(1, num_accepted[:, None], bonus[:, None])

@@ -1,18 +1,21 @@
-"""Acceptance scoring: from the target's logits at every tree node to its choice there, and what it thinks of the nodes.
+"""Scoring rows of logits: what the target chooses after every tree node and thinks of the nodes, and what a draft head
+proposes.
 
 The kernels in ten lines. A row of logits (one node) is 128k numbers and there are only 60 of them, so a row is cut into
-chunks, each read once by one program: its largest logit and the sum of exp(logit - largest). From these few numbers a
-row a second kernel has the log-sum-exp. At T=0 the choice is the arg-max of the best chunk. At T>0 it is a sample by
-inverse CDF, from ONE uniform number u: the chunk sums say in which chunk the cumulated probability passes u, and only
-that chunk is read again to find the token. (Gumbel noise would need a random number for every logit: eight times the
-work of the whole scan.) What the target thinks of a node is one gathered logit minus the parent's log-sum-exp."""
+chunks, each read once by one program: its largest logit, the sum of exp(logit - largest), and its k best logits. From
+these few numbers a row a second kernel has the log-sum-exp and the row's k best: what a head proposes, or for k = 1 the
+choice at T=0. At T>0 the choice is a sample by inverse CDF, from ONE uniform number u: the chunk sums say in which
+chunk the cumulated probability passes u, and only that chunk is read again to find the token. (Gumbel noise would need
+a random number for every logit: eight times the work of the whole scan.) What the target thinks of a node is one
+gathered logit minus the parent's log-sum-exp."""
 import math
 
 import torch
 
 from kernels import tl, triton, use_triton
 
-CHUNK = 4096  # logits per program: 32 a thread, all in flight at once
+CHUNK = 4096          # logits per program: 32 a thread, all in flight at once
+PROPOSE_CHUNK = 1024  # a draft's level has 10 rows of 32k, not 60 of 128k: smaller ones fill the processors, too
 
 
 def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
@@ -40,23 +43,45 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
     return choice, log_prob.index_fill(1, torch.zeros(1, dtype=torch.long, device=tokens.device), 0.0)
 
 
+def propose(logits, token_ids, k, temperature):
+    """The k likeliest next tokens: logits [..., V], token_ids [V] the target's name of each. -> log-probabilities at
+    this temperature, float32, and target token ids, [..., k] each, best first. Among equal logits the kernel takes
+    the lowest index; torch.topk promises no order."""
+    V = logits.shape[-1]
+    if not use_triton(logits) or k > 64:                                   # more would fill a program's registers
+        log_p, index = torch.log_softmax(logits.float() / temperature, dim=-1).topk(k, dim=-1)
+        return log_p, token_ids[index]
+    chunk, scale = min(PROPOSE_CHUNK, triton.next_power_of_2(V)), math.log2(math.e) / temperature
+    top, total, best, index = scan(logits.reshape(1, -1, V), scale, chunk, k)
+    log_p = logits.new_empty(*logits.shape[:-1], k, dtype=torch.float32)
+    rows, chunks, tokens = *top.shape, torch.empty_like(log_p, dtype=torch.long)
+    _best_kernel[(rows,)](top, total, best, index, token_ids, tokens, log_p, chunks, scale, K=k,
+                          CHUNKS=triton.next_power_of_2(chunks), BLOCK=triton.next_power_of_2(chunks * k))
+    return log_p, tokens
+
+
 @triton.jit
-def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, N, V, logits_b, logits_n, chunks, scale,
-                 CHUNK: tl.constexpr, GREEDY: tl.constexpr, SUM: tl.constexpr):
-    """One chunk of one row: its largest logit, where it is, and the sum of exp(logit - largest)."""
+def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, index_ptr, N, V, logits_b, logits_n, chunks, scale,
+                 CHUNK: tl.constexpr, K: tl.constexpr):
+    """One chunk of one row: its largest logit, the sum of exp(logit - largest), and the K best and where they are."""
     out = tl.program_id(0)        # one dimension: a grid's others end at 65,535, and a training step has as many rows
-    row, at = out // chunks, out % chunks * CHUNK + tl.arange(0, CHUNK)
+    row, here = out // chunks, tl.arange(0, CHUNK)
+    at = out % chunks * CHUNK + here
     # int64: B * N * V passes 2^31 from 280 trees of 60 nodes at V = 128k.
     logits_ptr += (row // N).to(tl.int64) * logits_b + (row % N).to(tl.int64) * logits_n
     x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
-    top = tl.max(x, axis=0)
-    if GREEDY:  # the raw logits decide: scaled ones could round to a tie. Lowest index among equals.
-        tl.store(best_ptr + out, tl.min(tl.where(x == top, at, V - 1), axis=0))
     # A chunk may be masked out entirely: a finite maximum keeps -inf - -inf = NaN away.
-    top = tl.maximum(top, -1e20)
+    top = tl.maximum(tl.max(x, axis=0), -1e20)
     tl.store(top_ptr + out, top)
-    if SUM:  # in base 2, where exp2 is one instruction: scale = log2(e) / T
-        tl.store(sum_ptr + out, tl.sum(tl.exp2(x * scale - top * scale), axis=0))
+    # In base 2, where exp2 is one instruction: scale = log2(e) / T.
+    tl.store(sum_ptr + out, tl.sum(tl.exp2(x * scale - top * scale), axis=0))
+    # The raw logits decide: scaled ones could round to a tie. Only what is taken, or behind the end, is -inf.
+    x = tl.where(at < V, tl.maximum(x, -3e38), float("-inf"))
+    for i in range(K):
+        best, index = tl.max(x, axis=0, return_indices=True)           # the lowest index among equals
+        tl.store(best_ptr + out * K + i, best)
+        tl.store(index_ptr + out * K + i, out % chunks * CHUNK + index)
+        x = tl.where(here == index, float("-inf"), x)
 
 
 @triton.jit
@@ -82,25 +107,39 @@ def _first_above(mass, threshold, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _choose_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, uniform_ptr, choice_ptr, N, V, logits_b, logits_n, chunks,
-                   scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr):
-    """One row: the target's choice."""
-    row, chunk = tl.program_id(0), tl.arange(0, CHUNKS)
-    logits_ptr += (row // N).to(tl.int64) * logits_b + (row % N).to(tl.int64) * logits_n
-    if GREEDY:
-        top = tl.load(top_ptr + row * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
-        best = tl.load(best_ptr + row * chunks + chunk, mask=chunk < chunks, other=V - 1)
-        choice = tl.min(tl.where(top == tl.max(top, axis=0), best, V - 1), axis=0)
-    else:
+def _best_kernel(top_ptr, sum_ptr, best_ptr, index_ptr, token_ids_ptr, token_ptr, log_prob_ptr, chunks, scale,
+                 K: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: the K best of its chunks' K best. Those of lower indices stand first: ties stay in order."""
+    row, entry = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    x = tl.load(best_ptr + row * chunks * K + entry, mask=entry < chunks * K, other=float("-inf"))
+    if log_prob_ptr is not None:
         mass, row_top = _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS)
-        threshold = tl.load(uniform_ptr + row) * tl.sum(mass, axis=0)
-        taken, before = _first_above(mass, threshold, CHUNKS)
-        at = taken * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        top = tl.load(top_ptr + row * chunks + taken) * scale   # relative to the chunk's own maximum nothing vanishes
-        first, _ = _first_above(tl.exp2(x * scale - top), (threshold - before) * tl.exp2(row_top - top), CHUNK)
-        choice = taken * CHUNK + first
-    tl.store(choice_ptr + row, choice.to(tl.int64))
+        log_sum = row_top + tl.log2(tl.sum(mass, axis=0))
+    for i in range(K):
+        best, taken = tl.max(x, axis=0, return_indices=True)
+        token = tl.load(index_ptr + row * chunks * K + taken).to(tl.int64)
+        if token_ids_ptr is not None:
+            token = tl.load(token_ids_ptr + token)
+        tl.store(token_ptr + row * K + i, token)
+        if log_prob_ptr is not None:                                   # base 2 to base e
+            tl.store(log_prob_ptr + row * K + i, (best * scale - log_sum) * 0.6931471805599453)
+        x = tl.where(entry == taken, float("-inf"), x)
+
+
+@triton.jit
+def _sample_kernel(logits_ptr, top_ptr, sum_ptr, uniform_ptr, choice_ptr, N, V, logits_b, logits_n, chunks, scale,
+                   CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """One row: the target's choice at T > 0."""
+    row = tl.program_id(0)
+    logits_ptr += (row // N).to(tl.int64) * logits_b + (row % N).to(tl.int64) * logits_n
+    mass, row_top = _row_mass(top_ptr, sum_ptr, row, chunks, scale, CHUNKS)
+    threshold = tl.load(uniform_ptr + row) * tl.sum(mass, axis=0)
+    taken, before = _first_above(mass, threshold, CHUNKS)
+    at = taken * CHUNK + tl.arange(0, CHUNK)
+    x = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    top = tl.load(top_ptr + row * chunks + taken) * scale       # relative to the chunk's own maximum nothing vanishes
+    first, _ = _first_above(tl.exp2(x * scale - top), (threshold - before) * tl.exp2(row_top - top), CHUNK)
+    tl.store(choice_ptr + row, (taken * CHUNK + first).to(tl.int64))
 
 
 @triton.jit
@@ -115,21 +154,32 @@ def _log_prob_kernel(logits_ptr, top_ptr, sum_ptr, tokens_ptr, parents_ptr, log_
     tl.store(log_prob_ptr + node, tl.where(node % M == 0, 0.0, log_prob))
 
 
+def scan(logits, scale, chunk, k):
+    """logits [B, N, V] -> per chunk of each of the R = B * N rows its maximum and exp-sum, [R, chunks] each, and its k
+    best logits and where they are, [R, chunks * k] each."""
+    (B, N, V), chunks = logits.shape, triton.cdiv(logits.shape[2], chunk)
+    top, total = logits.new_empty(2, B * N, chunks, dtype=torch.float32)
+    best = logits.new_empty(B * N, chunks * k, dtype=torch.float32)
+    index = torch.empty_like(best, dtype=torch.int32)
+    _scan_kernel[(B * N * chunks,)](logits, top, total, best, index, N, V, *logits.stride()[:2], chunks, scale,
+                                    CHUNK=chunk, K=k)
+    return top, total, best, index
+
+
 def score_nodes_triton(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
-    (B, N, V), device, greedy = logits.shape, logits.device, temperature == 0
+    (B, N, V), greedy, scale = logits.shape, temperature == 0, math.log2(math.e) / (temperature or 1.0)
     chunk = min(CHUNK, triton.next_power_of_2(V))
-    chunks = triton.cdiv(V, chunk)
-    top, total = torch.empty(2, B * N, chunks, dtype=torch.float32, device=device)
-    best = torch.empty(B * N, chunks, dtype=torch.int32, device=device) if greedy else None
-    choice = torch.empty(B, N, dtype=torch.long, device=device)
-    row, scale = (*logits.stride()[:2], chunks), math.log2(math.e) / (temperature or 1.0)
-    _scan_kernel[(B * N * chunks,)](logits, top, total, best, N, V, *row, scale,
-                                    CHUNK=chunk, GREEDY=greedy, SUM=not greedy or tokens is not None)
-    _choose_kernel[(B * N,)](logits, top, total, best, None if greedy else uniform.contiguous(), choice, N, V, *row,
-                             scale, CHUNK=chunk, CHUNKS=triton.next_power_of_2(chunks), GREEDY=greedy)
+    top, total, best, index = scan(logits, scale, chunk, k=int(greedy))
+    choice, chunks = logits.new_empty(B, N, dtype=torch.long), top.shape[1]
+    row, options = (*logits.stride()[:2], chunks, scale), {"CHUNKS": triton.next_power_of_2(chunks)}
+    if greedy:
+        _best_kernel[(B * N,)](top, total, best, index, None, choice, None, chunks, scale, K=1,
+                               BLOCK=triton.next_power_of_2(chunks), **options)
+    else:
+        _sample_kernel[(B * N,)](logits, top, total, uniform.contiguous(), choice, N, V, *row, CHUNK=chunk, **options)
     if tokens is None:
         return choice, None
-    log_prob = torch.empty(tokens.shape, dtype=torch.float32, device=device)
+    log_prob = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
     _log_prob_kernel[(tokens.numel(),)](logits, top, total, tokens.contiguous(), parents.contiguous(), log_prob, N,
-                                        tokens.shape[1], *row, scale, CHUNKS=triton.next_power_of_2(chunks))
+                                        tokens.shape[1], *row, **options)
     return choice, log_prob

@@ -12,50 +12,68 @@ def add_rms_norm(x, delta, weight, eps):
     if not use_triton(x):
         x = x if delta is None else x + delta
         return x, torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    C = x.shape[-1]
-    rows = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, C)      # a view of every slice of a projection: no copy
-    added = None if delta is None else delta.reshape(rows.shape)
-    out, total = x.new_empty(x.shape), x.new_empty(x.shape) if delta is not None else x
-    BLOCK = triton.next_power_of_2(C)
-    _add_rms_norm_kernel[(rows.shape[0] * rows.shape[1],)](
-        rows, added, weight, None if delta is None else total, out,
-        *rows.stride()[:2], *((0, 0) if delta is None else added.stride()[:2]), rows.shape[1], eps,
-        C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+    total, out = x if delta is None else x.new_empty(x.shape), x.new_empty(x.shape)
+    launch_norm(x.contiguous(), None, None if delta is None else delta.contiguous(), weight, total, out, eps)
     return total, out
 
 
+def embed_norm_cat(tokens, table, token_weight, hidden, weight, eps):
+    """A draft head's input: the normed embeddings beside the normed features. tokens [B, N], table [vocab, C]; hidden
+    [B, N, C]; the norms' weights [C] -> [B, N, 2 C], hidden's dtype."""
+    if not use_triton(hidden):
+        embedded = torch.nn.functional.embedding(tokens, table).to(hidden.dtype)
+        return torch.cat([torch.nn.functional.rms_norm(embedded, weight.shape, token_weight, eps),
+                          torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)], dim=-1)
+    both = hidden.new_empty(*hidden.shape[:-1], 2, hidden.shape[-1])
+    launch_norm(table, tokens.contiguous(), None, token_weight, None, both[..., 0, :], eps)
+    launch_norm(hidden.contiguous(), None, None, weight, None, both[..., 1, :], eps)
+    return both.flatten(-2)
+
+
+def launch_norm(x, index, delta, weight, total, out, eps):
+    """The sum of x [R, C], or of its rows at `index` [R], and delta to `total`, its norm to `out`, [..., C] each."""
+    C, BLOCK = out.shape[-1], triton.next_power_of_2(out.shape[-1])
+    _add_rms_norm_kernel[(out.numel() // C,)](x, index, delta, weight, total, out, out.stride(-2), eps,
+                                              C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+
+
 @triton.jit
-def _add_rms_norm_kernel(x_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, x_outer, x_inner, delta_outer, delta_inner,
-                         inner, eps, C: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row // inner * x_outer + row % inner * x_inner + c, mask=c < C, other=0.0)
+def _add_rms_norm_kernel(x_ptr, index_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, out_row, eps,
+                         C: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    taken = row if index_ptr is None else tl.load(index_ptr + row)
+    x = tl.load(x_ptr + taken * C + c, mask=c < C, other=0.0).to(out_ptr.dtype.element_ty)
     if delta_ptr is not None:
-        delta = tl.load(delta_ptr + row // inner * delta_outer + row % inner * delta_inner + c, mask=c < C, other=0.0)
+        delta = tl.load(delta_ptr + row * C + c, mask=c < C, other=0.0)
         x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)      # rounded: the norm is that of the stored sum
         tl.store(sum_ptr + row * C + c, x, mask=c < C)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / C + eps)
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * C + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
+    tl.store(out_ptr + row * out_row + c, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-def rotate(x, cos, sin):
-    """Rotary, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32 -> x * cos + [-x2, x1] * sin, x's dtype."""
+def rotate(x, cos, sin, norms=None):
+    """Rotary, half-split form: x [B, N, H, D]; cos, sin [B, N, D/2] float32 -> x * cos + [-x2, x1] * sin, x's dtype.
+    norms: (weight, weight, heads, eps), each [D]: RMSNorm every head before, the first `heads` by the first weight."""
+    first, second, heads, eps = norms or (None, None, 0, 0.0)
     if not use_triton(x):
+        if norms is not None:
+            x = torch.cat([torch.nn.functional.rms_norm(part, weight.shape, weight, eps) for part, weight in (
+                (x[:, :, :heads], first), (x[:, :, heads:], second))], dim=2)
         cos, sin = cos[:, :, None], sin[:, :, None]                                   # [B, N, 1, D/2]
         x1, x2 = x.float().chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
     (B, N, H, D), out = x.shape, x.new_empty(x.shape)
     HEADS = min(8, triton.next_power_of_2(H))
     _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
-        x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:3], N, H,
+        x, cos.contiguous(), sin.contiguous(), first, second, out, *x.stride()[:3], N, H, heads, eps,
         HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
     return out
 
 
 @triton.jit
-def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
+def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, first_ptr, second_ptr, out_ptr, x_b, x_n, x_h, N, H, heads, eps,
                    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
@@ -65,6 +83,13 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, x_b, x_n, x_h, N, H,
     x_at = x_ptr + token // N * x_b + token % N * x_n + head[:, None] * x_h + d[None, :]
     x1 = tl.load(x_at, mask=valid, other=0.0).to(tl.float32)
     x2 = tl.load(x_at + HALF, mask=valid, other=0.0).to(tl.float32)
+    if first_ptr is not None:
+        weight_at = tl.where(head < heads, first_ptr, second_ptr)[:, None] + d[None, :]
+        scale = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / (2 * HALF) + eps)[:, None]
+        x1 = x1 * scale * tl.load(weight_at, mask=valid, other=0.0).to(tl.float32)
+        x2 = x2 * scale * tl.load(weight_at + HALF, mask=valid, other=0.0).to(tl.float32)
+        x1 = x1.to(out_ptr.dtype.element_ty).to(tl.float32)            # rounded: what is rotated is the stored norm
+        x2 = x2.to(out_ptr.dtype.element_ty).to(tl.float32)
     out_at = out_ptr + (token * H + head[:, None]) * (2 * HALF) + d[None, :]
     tl.store(out_at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=valid)
     tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=valid)

@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(updates, steps=5):
     """Push the singular values of [n, rows, columns] towards 1 (to within about 0.7 .. 1.2) by a quintic iteration."""
-    x = updates.bfloat16() if updates.is_cuda else updates.float()
+    x = updates.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

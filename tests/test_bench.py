@@ -105,7 +105,9 @@ def test_answers_end_at_a_stop_token_and_history_leaves_it_out():
     (prompt,), (answer,) = written(1, 60)
     stop = {next(token for i, token in enumerate(answer) if i > 3 and token not in answer[:3])}
     talk = [bytes(prompt).decode(), "\1\2"]                       # of letters that are their own ids
-    prompts, results = bench.answer_everything(methods, [talk[:1], talk], 60, stop, bytes_encoding())
+    encoding = bytes_encoding()
+    prompts, results = bench.answer_everything(methods, [talk[:1], talk], 60, stop, encoding,
+                                               lambda texts: encoding.encode_ordinary("".join(texts)))
     first = cut(answer, stop)
     for name in methods:
         assert [cut(each.tokens, stop) for each in results[name]][:2] == [first, first] and len(results[name]) == 3
@@ -117,7 +119,7 @@ def test_history_with_template(tmp_path):
     encoding, start, end = bytes_encoding(("<|im_start|>", "<|im_end|>")), "<|im_start|>", "<|im_end|>\n"
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}" + start + "{{ m.role }}\n{{ m.content }}" + end + "{% endfor %}" + start)
-    ids = bench.conversation(["ab", " yes ", "c"], encoding, chat.load(tmp_path, encoding))
+    ids = chat.encode_turns(chat.load(tmp_path, encoding), ["ab", " yes ", "c"])
     assert encoding.decode(ids) == f"{start}user\nab{end}{start}assistant\n yes {end}{start}user\nc{end}{start}"
     assert encoding.encode_single_token("<|im_end|>") in ids
 
@@ -136,7 +138,7 @@ def run(out, flags):
 
 def test_whole_benchmark(out, capsys):
     run(out, f"--head tiny={out}/gto.pt --tree 1,3,3 --tree 3,3,6 --max-new-tokens 12 --report {out}/page.html")
-    assert "a decode by tiny, tree 3,3,6" in (out / "page.html").read_text(encoding="utf-8")
+    assert "a decode by tiny, 3,3,6" in (out / "page.html").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
     methods = ["ar", "tiny, tree 1,3,3", "tiny, tree 3,3,6"]

@@ -39,6 +39,18 @@ def test_greedy_output_is_the_targets(shape):
     assert continuation(Engine(target, head, TreeShape.parse(shape), batch=8), prompts, 40) == expected
 
 
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_k=5, top_p=0.9)], ids=str)
+def test_the_same_seed_writes_the_same_text_by_any_tree(sampling):
+    target, head = tiny_models(seed=1)
+
+    def written(head, shape, seed):
+        torch.manual_seed(seed)
+        return Engine(target, head, shape, sampling, batch=8).complete(tiny_prompts(8), 40)
+
+    plain = written(None, None, 3)
+    assert plain == written(head, TreeShape(4, 3, 8), 3) == written(head, TreeShape(1, 6, 6), 3) != written(None, None, 4)
+
+
 @torch.no_grad()
 def test_caches_hold_what_a_full_forward_would():
     """After some cycles: the target's cache, the head's cache and the pending features, position by position."""

@@ -154,11 +154,11 @@ def test_bytes_without_a_token_vanish(tmp_path, target, pre):
         "model": {"vocab": {spell(token): i for token, i in ranks.items()}}}))
     (tmp_path / "meta.json").write_text(json.dumps(save_tokenizer(
         tmp_path / "tokenizer.model", load_encoding(tmp_path / "a.gguf"))))
+    expected = [list(brute_force_ids(text, ranks, digits)) for text in texts]
     for source in "a.gguf", "tokenizer.json", "":                 # "": what a data directory holds
         encoding = load_encoding(tmp_path / source)
         assert encoding.n_vocab == len(tokens) + 3
-        for text, other in zip(texts, reversed(texts)):
-            ids, behind = (list(brute_force_ids(part, ranks, digits)) for part in (text, other))
+        for text, other, ids, behind in zip(texts, reversed(texts), expected, reversed(expected)):
             assert encoding.encode_ordinary(text) == ids, text
             assert encoding.encode(f"{text}<|im_end|>{other}") == [*ids, len(tokens) + 2, *behind]
         assert encoding.encode_ordinary("!\x04!") == [ranks[b"!!"]]

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import gto.ltd.ppo
+import gto.policy
+import kernels
 import train
 from gto.data import prepare
 from gto.engine import Engine
 from gto.evaluate import timed
 from gto.ltd import __main__ as ltd
-from gto.ltd.engine import AdaptiveEngine
-from gto.ltd.policy import Space
+from gto.policy import AdaptiveEngine, Space
 from gto.tree import TreeShape
 from gto.verify import Sampling
 from tests.test_ltd import Whimsical
@@ -29,8 +30,11 @@ def models(device):
     return target.to(device), head.to(device).requires_grad_(False)
 
 
+@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "fixed", "adaptive"])
-def test_greedy_output_is_the_cpus(kind):
+def test_greedy_output_is_the_cpus(kind, triton, monkeypatch):
+    """Also where the plain references are captured."""
+    monkeypatch.setattr(kernels, "HAS_TRITON", triton)
     kinds = {"plain": lambda target, head: Engine(target, None, capacity=100),
              "fixed": lambda target, head: Engine(target, head, TreeShape(3, 4, 9), capacity=100),
              "adaptive": lambda target, head: AdaptiveEngine(target, head, Whimsical(), capacity=100)}
@@ -51,7 +55,8 @@ def test_everything_runs_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("words.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(3000)))
     prepare("data", inputs=["words.txt"], vocab_size=320)
-    for name, value in {"SPACES": {"cuda": Space(3, 4, (2, 5, 9))}, "TRAIN": 8, "VALIDATE": 4}.items():
+    monkeypatch.setattr(gto.policy, "SPACES", {"cuda": Space(3, 4, (0, 2, 5, 9))})
+    for name, value in {"TRAIN": 8, "VALIDATE": 4}.items():
         monkeypatch.setattr(ltd, name, value)
     monkeypatch.setattr(gto.ltd.ppo, "UPDATES", 1)
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--data", "data", "--device", "cuda"])

@@ -1,5 +1,9 @@
 """The shape of the code: small files, a core that stands without its wings, READMEs whose commands exist."""
 import ast
+import contextlib
+import importlib
+import inspect
+import io
 import re
 import subprocess
 import sys
@@ -7,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+
+from tests.tiny import run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for pattern in ("*.py", "gto/**/*.py", "kernels/*.py") for path in sorted(ROOT.glob(pattern))]
@@ -72,9 +78,12 @@ def test_no_module_imports_itself_by_way_of_others():
 
 @lru_cache
 def flags_of(program):
-    help_text = subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True, text=True,
-                               check=True).stdout
-    return set(re.findall(r"--[a-z][a-z-]*", help_text))
+    name, printed = program.removeprefix("-m ").removesuffix(".py"), io.StringIO()
+    module = importlib.import_module(name + ".__main__" * (ROOT / name.replace(".", "/")).is_dir())
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="^0$"):
+        run_here(module, "--help", cwd=ROOT, device=())
+    assert re.search(r'\nif __name__ == "__main__":\n    (main_guard\(main\)|main\(\))\n$', inspect.getsource(module))
+    return set(re.findall(r"--[a-z][a-z-]*", printed.getvalue()))
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import acceptance, fused, tree_attention
+from gto.engine import Engine
+from gto.tree import TreeShape
+from kernels import acceptance, draft, fused, tree_attention
 from kernels.acceptance import score_nodes_triton
 from kernels.tree_attention import tree_attention_triton
+from tests.tiny import tiny_models, tiny_prompts
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # an empty split's weight
@@ -23,8 +26,10 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE) if CUDA else [torch.float32, torch.float16]
 # With gradients on the public functions are plain PyTorch, on a GPU too.
-plain_attention, plain_scoring, plain_norm, plain_rotate, plain_silu_mul = map(torch.enable_grad(), (
-    tree_attention.tree_attention, acceptance.score_nodes, fused.add_rms_norm, fused.rotate, fused.silu_mul))
+plain_attention, plain_scoring, plain_propose, plain_frontier = map(torch.enable_grad(), (
+    tree_attention.tree_attention, acceptance.score_nodes, acceptance.propose, draft.frontier))
+plain_norm, plain_rotate, plain_silu_mul, plain_embed_norm_cat = map(torch.enable_grad(), (
+    fused.add_rms_norm, fused.rotate, fused.silu_mul, fused.embed_norm_cat))
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 
@@ -33,6 +38,13 @@ def inference():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def by_kernel(monkeypatch):
+    """As on a GPU: without gradients the kernels do the work."""
+    for module in acceptance, draft, fused, tree_attention:
+        monkeypatch.setattr(module, "use_triton", lambda x: not torch.is_grad_enabled())
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0):
@@ -87,7 +99,7 @@ def assert_attention(arguments, tolerance=None):
     (1, 1, 20, [0], {}),                                               # nothing cached: the token sees itself only
     (7, 19, 80, [0, 260, 129], {"sequence": [1, 0, 1]}),               # a frontier; two trees share a cache row
     (60, 60, 128, [200], {}),
-    (130, 130, 64, [65, 1], {}),                                       # more nodes than a block has rows or keys
+    (130, 130, 64, [65, 1], {"H": 2, "G": 1}),                 # more nodes than a block has rows or keys
     (7, 7, 32, [100], {"H": 4, "G": 4}), (7, 7, 32, [100], {"H": 6, "G": 2}), (7, 7, 32, [100], {"H": 5, "G": 1}),
     *(pytest.param(N, N, 128, [3000, 4095], {"H": 32, "G": G, "S": 4096}, marks=needs_gpu)
       for N in (1, 16, 60, 256) for G in (8, 32)),
@@ -162,7 +174,7 @@ def scoring_inputs(B, N, V, masked, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("chunk", [128, 4096])                         # four chunks, the last one short, or one
 def test_score_nodes(chunk, temperature, dtype, monkeypatch):
     monkeypatch.setattr(acceptance, "CHUNK", chunk)
@@ -227,18 +239,49 @@ def test_score_nodes_offsets_beyond_int32():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-@pytest.fixture
-def fused_by_kernel(monkeypatch):
-    """As on a GPU: without gradients the kernels do the work."""
-    monkeypatch.setattr(fused, "use_triton", lambda x: not torch.is_grad_enabled())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk, k, temperature", [(128, 7, 0.4), (512, 1, 1.0)])  # four chunks, of 5 at the end; one
+def test_propose(chunk, k, temperature, dtype, by_kernel, monkeypatch):
+    monkeypatch.setattr(acceptance, "PROPOSE_CHUNK", chunk)
+    token_ids = torch.randperm(1000, device=DEVICE)[:389]
+    distinct = torch.rand(2, 3, 389).argsort().to(DEVICE) / 64
+    for ties, logits in (False, distinct), (True, randn(2, 3, 389, scale=3.0).round().to(dtype)):
+        log_p, tokens = acceptance.propose(logits, token_ids, k, temperature)
+        order = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        assert torch.equal(tokens, token_ids[order])                   # the lowest index among equals
+        want, want_tokens = plain_propose(logits, token_ids, k, temperature)
+        assert_close(log_p, want, 1e-5)
+        assert ties or torch.equal(tokens, want_tokens)
+    log_p, tokens = acceptance.propose(logits[:, 0], token_ids, k, temperature)
+    assert torch.equal(tokens, token_ids[order[:, 0]]) and log_p.shape == (2, k)
+
+
+@pytest.mark.parametrize("m, k, M, dim", [(1, 3, 0, 20), (3, 3, 6, 1500), (1, 1, 0, 16), (5, 5, 20, 16)])
+def test_frontier(m, k, M, dim, by_kernel):
+    scores, tokens = randn(2, m * k).round(), torch.randint(99, (2, m * k), device=DEVICE)    # many ties
+    seen = torch.rand(2, m, M, device=DEVICE) < 0.5
+    arguments = scores, tokens, randn(2, m, dim), seen, 17
+    for got, want in zip(draft.frontier(*arguments), plain_frontier(*arguments), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@pytest.mark.skipif(CUDA, reason="tests/test_gpu.py decodes with the kernels")
+def test_drafting_by_kernels_is_drafting(request):
+    engine = Engine(*tiny_models(draft_vocab=23), TreeShape(3, 3, 9), batch=2, capacity=40)
+    engine.prefill(tiny_prompts(2))
+    want = engine.draft()
+    request.getfixturevalue("by_kernel")
+    got = engine.draft()                                               # extends the head by the same slots again
+    assert_close(got.scores, want.scores, 1e-4)
+    assert all(map(torch.equal, got[:4], want[:4]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", [20, 128, 500])
-def test_add_rms_norm(C, dtype, fused_by_kernel):
+def test_add_rms_norm(C, dtype, by_kernel):
     x, delta, weight = randn(2, 3, C, dtype=dtype), randn(2, 3, C, dtype=dtype), randn(C, dtype=dtype)
-    part = randn(2, 3, 9, C, dtype=dtype)[:, :, 2:7]                   # of a joint projection
-    for arguments in (x, delta, weight, 1e-5), (x, None, weight, 1e-5), (part, None, weight, 1e-5):
+    part = randn(2, 5, C, dtype=dtype)[:, 1:4]
+    for arguments in (x, delta, weight, 1e-5), (x, None, weight, 1e-5), (part, delta, weight, 1e-5):
         total, normed = fused.add_rms_norm(*arguments)
         want, want_normed = plain_norm(*arguments)
         assert torch.equal(total, want) and normed.dtype == dtype
@@ -247,12 +290,26 @@ def test_add_rms_norm(C, dtype, fused_by_kernel):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, D, F", [(3, 20, 20), (11, 64, 1500)])
-def test_rotate_and_silu_mul(heads, D, F, dtype, fused_by_kernel):
+def test_rotate_and_silu_mul(heads, D, F, dtype, by_kernel):
     x = randn(2, 3, heads + 2, D, dtype=dtype)[:, :, :heads]
     angles, gate_up = randn(2, 3, D // 2, scale=10.0), randn(2, 3, 2 * F, dtype=dtype)
     assert_close(fused.rotate(x, angles.cos(), angles.sin()),
                  plain_rotate(x, angles.cos(), angles.sin()), TOLERANCE[dtype])
     assert_close(fused.silu_mul(gate_up), plain_silu_mul(gate_up.double()), TOLERANCE[dtype])
+    norms = randn(D, dtype=dtype), randn(D, dtype=dtype), heads - 1, 1e-5
+    assert_close(fused.rotate(x, angles.cos(), angles.sin(), norms),
+                 plain_rotate(x, angles.cos(), angles.sin(), norms), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [20, 500])
+def test_embed_norm_cat(C, dtype, by_kernel):
+    tokens, hidden = torch.randint(7, (2, 3), device=DEVICE), randn(2, 4, C, dtype=dtype)[:, 1:]
+    for table in randn(7, C, dtype=dtype), randn(7, C):                # a head's own type may be another
+        arguments = tokens, table, randn(C, dtype=dtype), hidden, randn(C, dtype=dtype), 1e-5
+        got, want = fused.embed_norm_cat(*arguments), plain_embed_norm_cat(*arguments)
+        assert got.dtype == dtype and got.shape == want.shape
+        assert_close(got, want, TOLERANCE[dtype])
 
 
 def test_references_work_without_triton():

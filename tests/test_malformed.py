@@ -20,7 +20,8 @@ from gto.checkpoint import finish, load_target, remember_config, save
 from gto.config import Config
 from gto.data import Corpus, prepare
 from gto.ltd import __main__ as ltd
-from gto.ltd.policy import Learned, Space, save_policy
+from gto.ltd.policy import Learned, save_policy
+from gto.policy import Space
 from gto.released import export
 from gto.tokenizer import save_ranks
 from gto.util import main_guard
@@ -61,7 +62,7 @@ def folder(tmp_path_factory):
             save(f"{out}/text.pt", kind="text", tokens=torch.randint(VOCAB, (4, config.length)),
                  supervised=torch.ones(4, config.length, dtype=torch.bool))
         save("begun/draft.partial.pt", kind="training", model={"x": torch.zeros(1)}, optimizers=[], step=3, seconds=1.0)
-        save_policy("out/policy-gto.pt", Learned(Space(2, 4, (0, 1, 8)), 8))
+        save_policy("out/policy-gto.pt", Learned(Space(2, 4, (0, 1, 8)), 8), gain=0.1)
         write_release(Path("Llama"), *hugging_face_release(target))
         save_ranks("Llama/tokenizer.model", {bytes([i]): i for i in range(256)})
         export.export("out/gto.pt", "eagle")
@@ -157,7 +158,7 @@ TREES = [(program, ["--tree", tree], "--tree") for program in ("train", "decode"
     "1,1,5", "2,2,99", "1,1000000,1", "1000,1,1", "8;5;24")]
 PATHS = [(program, [flag, path], "tokenizer.model" if (flag, path) == (
     "--tokenizer", "missing.pt") else path[:20]) for program, flags in (
-    ("decode", "--target --head --tokenizer --adaptive"), ("bench", "--target --head --tokenizer --prompts"),
+    ("decode", "--target --head --tokenizer"), ("bench", "--target --head --tokenizer --prompts"),
     ("train", "--data"), ("ltd", "--data"), ("prepare", "--input --tokenizer")) for flag in flags.split()
     for path in ("missing", "missing.pt", "empty", "x" * 5000)]
 OUT = [("train", ["--out-dir", "note"], "note"), ("train", ["--out-dir", "note/new"], "note"),
@@ -169,13 +170,13 @@ OUT = [("train", ["--out-dir", "note"], "note"), ("train", ["--out-dir", "note/n
        ("ablate", ["--name", "target.pt"], "target.pt"), ("export", ["note"], "note"), ("export", ["out"], "out"),
        ("export", ["Llama"], "Llama")]
 SIZES = [("train", [f"--{name}", 10 ** 9], f"--{name}") for name in (
-    "vocab-size", "length", "layers", "dim", "heads", "head-dim", "ffn-dim", "target-batch", "texts", "text-batch",
+    "vocab-size", "length", "layers", "dim", "heads", "head-dim", "ffn-dim", "target-batch", "target-accumulate", "texts", "text-batch",
     "head-ffn-dim", "unroll", "head-batch", "gto-batch", "groups", "group-size", "accumulate", "eval-prompts",
     "eval-tokens", "prompt-length")] + [("train", ["--dim", 10 ** 6], "dim"), ("train", ["--ffn-dim", 10 ** 7], "dim")]
 CONFLICTS = [
     ("decode", ["--prompt", ""], "empty prompt"), ("decode", ["--prompt", "x " * 5000], "prompt"),
     ("decode", ["--method", "ar", "--compare"], "--compare"), ("decode", ["--top-p", 7], "--top-p"),
-    ("decode", ["--top-p", 0], "--top-p"), ("decode", ["--tree", "1,5,5", "--adaptive"], "1,5,5"),
+    ("decode", ["--top-p", 0], "--top-p"), ("decode", ["--tree", "1,5,5", "--policy", "rule"], "--policy"),
     ("decode", ["--chat"], "chat template"), 
     ("decode", ["--tokenizer", "other.model", "--prompt", "xx"], "--tokenizer"),
     ("decode", ["--head", "out/target.pt"], "target.pt"), ("decode", ["--target", "out/gto.pt"], "gto.pt"),
@@ -290,7 +291,7 @@ FILES = [  # file, the damages, the programs that read it, each with the flags f
     ("out/target.pt", NETWORK, [("decode", []), ("train", []), ("bench", []), ("ablate", []), ("ltd", [])]),
     ("out/gto.pt", NETWORK, [("decode", []), ("train", []), ("bench", []), ("ltd", []), ("export", ["new"])]),
     ("out/draft.pt", NETWORK, [("train", ["--stage", "draft"]), ("ablate", []), ("ltd", [])]),
-    ("out/policy-gto.pt", MODEL, [("decode", ["--adaptive"])]),
+    ("out/policy-gto.pt", MODEL, [("decode", ["--policy", "ltd"])]),
     ("out/text.pt", TEXT, [("train", []), ("ablate", [])]),
     ("begun/draft.partial.pt", MODEL, [("train", ["--out-dir", "begun"])]),
     ("half/log.jsonl", LOG, [("train", OUT_DIR)]),
@@ -352,8 +353,8 @@ ANSWERS = [  # what looks wrong, but is not
     ["--seed", "0"], ["--seed", "4294967295"], ["--seed", "1", "--seed", "2"], ["--temperature", "0"],
     ["--temperature", "1e-9"], ["--temperature", "4e9"], ["--top-k", "4294967295", "--temperature", "1"],
     ["--top-p", "1e-9", "--temperature", "1"], ["--max-new-tokens", "1"], ["--max-new-tokens", "1000000"],
-    ["--tree", "1,1,1"], ["--tree", " 2, 2,3"], ["--method", "ar", "--json"], ["--show-tree", "--tree", "16,9,60"],
-    ["--adaptive", "--tree", "2,4,8"]]
+    ["--tree", "1,1,1"], ["--tree", " 2, 2,3"], ["--method", "ar", "--json"], ["--show-tree", "--tree", "8,9,60"],
+    ["--policy", "ltd"]]
 
 
 def test_what_only_looks_wrong(attempt):

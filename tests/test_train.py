@@ -11,6 +11,7 @@ import torch
 
 import decode
 import gto.training
+import prepare_data
 import train as train_py
 from gto.checkpoint import read, seconds_of
 from gto.config import Config
@@ -19,12 +20,12 @@ from gto.model import ModelConfig
 from gto.training import Stage, Texts, copy_of, train, train_head
 from gto.util import UserError, main_guard
 from kernels.muon import orthogonalize
-from tests.tiny import tiny_models
+from tests.tiny import run_here, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--layers 2 --dim 32 --heads 2 --kv-heads 1 --head-dim 16 --ffn-dim 32 --head-ffn-dim 32 --length 64 --texts 64"
         " --target-steps 30 --target-batch 8 --head-steps 12 --gto-steps 6 --rollout-steps 2 --seeds 1 --tree 3,3,8"
-        " --groups 4 --group-size 4 --eval-prompts 4 --eval-tokens 12 --vocab-size 320 --draft-vocab-size 200").split()
+        " --groups 4 --group-size 4 --eval-prompts 4 --eval-tokens 8 --vocab-size 320 --draft-vocab-size 200").split()
 
 
 def run(*arguments, cwd):
@@ -128,19 +129,22 @@ def test_resumed_rollouts_equal_uninterrupted_ones(tmp_path, monkeypatch):
     assert not any(torch.equal(expected[name], x) for name, x in head.state_dict().items() if "weight" in name)
 
 
-RANK = """import sys
+# Two ranks, which part when what takes seconds to import is there; the first one tells how the second one ends.
+RANKS = """import torch._dynamo                              # which optimizers import
 from torch import distributed
 from tests.test_train import *
-gto.training.SAVE_EVERY, rank = 10, int(sys.argv[1])
-distributed.init_process_group("gloo", store=distributed.FileStore(sys.argv[2] + "/store", 2), rank=rank, world_size=2)
-main_guard(lambda: run_of_25(sys.argv[2], {17: spoil_bias} if rank == 1 else {}))"""
+gto.training.SAVE_EVERY, out, rank = 10, sys.argv[1], int(os.fork() == 0)
+distributed.init_process_group("gloo", store=distributed.FileStore(out + "/store", 2), rank=rank, world_size=2)
+try:
+    main_guard(lambda: run_of_25(out, {17: spoil_bias} if rank == 1 else {}))
+finally:
+    print(os.waitstatus_to_exitcode(os.wait()[1]) if rank == 0 else "")"""
 
 
 def test_all_ranks_stop_at_a_loss_that_is_no_number(tmp_path):
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), tmp_path], cwd=ROOT, stderr=subprocess.PIPE,
-                              text=True) for rank in range(2)]
-    for process in ranks:
-        assert "error: job, step 18: " in process.communicate(timeout=120)[1] and process.returncode == 2
+    result = run("-c", RANKS, tmp_path, cwd=ROOT)
+    assert result.returncode == 2 and result.stdout.split() == ["2"], result.stderr
+    assert result.stderr.count("error: job, step 18: ") == 2
     assert read(tmp_path / "job.partial.pt", "training")["step"] == 10
 
 
@@ -177,8 +181,7 @@ def trained(tmp_path_factory):
     """A directory with data and a finished, tiny run."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "words.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(3000)))
-    prepared = run(ROOT / "prepare_data.py", "--input", "words.txt", "--out", "data/x", "--vocab-size", 320, cwd=folder)
-    assert prepared.returncode == 0, prepared.stderr
+    run_here(prepare_data, "--input", "words.txt", "--out", "data/x", "--vocab-size", 320, cwd=folder, device=())
     result = run("-c", WATCH_WINGS, ROOT / "train.py", *TINY, "--data", "data/x", "--out-dir", "out/x", cwd=folder)
     assert result.returncode == 0, result.stderr[-2000:]
     return folder, result.stdout
@@ -205,14 +208,14 @@ def test_one_run_from_nothing(trained):
 def test_finished_stages_are_not_run_again_and_numbers_must_not_change(trained):
     folder, _ = trained
     before = (folder / "out/x/gto.pt").stat().st_mtime_ns
-    again = run(ROOT / "train.py", *TINY, "--data", "data/x", "--out-dir", "out/x", "--stage", "gto", cwd=folder)
-    assert again.returncode == 0 and (folder / "out/x/gto.pt").stat().st_mtime_ns == before
-    other = run(ROOT / "train.py", *TINY, "--data", "data/x", "--out-dir", "out/x", "--omega", 0.1, cwd=folder)
-    assert other.returncode == 2 and "omega" in other.stderr
+    run_here(train_py, *TINY, "--data", "data/x", "--out-dir", "out/x", "--stage", "gto", cwd=folder)
+    assert (folder / "out/x/gto.pt").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="omega"):
+        run_here(train_py, *TINY, "--data", "data/x", "--out-dir", "out/x", "--omega", 0.1, cwd=folder)
 
 
 KILLING = """import os, random, signal, sys, time
-import gto.training, train
+import gto.training, torch._dynamo, train                      # what optimizers import: once, instead of in every child
 from gto.util import main_guard
 kills, longest, *sys.argv[1:] = sys.argv[1:]
 gto.training.SAVE_EVERY, seconds_of, randomness, runs = 4, train.seconds_of, random.Random(0), 0
@@ -253,50 +256,47 @@ def test_killed_runs_go_on(trained, kills):
         assert taus(out) == taus(folder / "out/x")
 
 
-def test_the_seed_decides(trained, monkeypatch, capsys):
-    """Another seed, another target and text; with the same one, killed runs above end like the first."""
-    folder, _ = trained
-    monkeypatch.chdir(folder)
-
-    def program(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments), "--device", "cpu"])
-        main()
+@pytest.fixture
+def decode_here(trained, capsys):
+    """decode_here(flags) -> what decode.py prints. The run's folder carries its tokenizer."""
+    def decoded(*arguments):
+        capsys.readouterr()
+        run_here(decode, "--prompt", "def f", *arguments, "--out-dir", "out/x", cwd=trained[0])
         return capsys.readouterr().out
 
-    program(train_py.main, *TINY, "--data", "data/x", "--out-dir", "out/7", "--seed", 7, "--stage", "text")
-    assert not any(same(tensors(f"out/7/{name}.pt"), tensors(f"out/x/{name}.pt")) for name in ("target", "text"))
-    texts = [program(decode.main, "--prompt", "def f", "--temperature", 1, "--seed", seed, *DECODE)
-             for seed in (3, 3, 4)]
+    return decoded
+
+
+def test_the_seed_decides(trained, decode_here):
+    """Another seed, another target and text; with the same one, killed runs above end like the first."""
+    folder, _ = trained
+    run_here(train_py, *TINY, "--data", "data/x", "--out-dir", "out/7", "--seed", 7, "--stage", "text", cwd=folder)
+    assert not any(same(tensors(folder / f"out/7/{name}.pt"), tensors(folder / f"out/x/{name}.pt"))
+                   for name in ("target", "text"))
+    texts = [decode_here("--temperature", 1, "--seed", seed) for seed in (3, 3, 4)]
     assert texts[0] == texts[1] != texts[2]
 
 
-DECODE = ["--out-dir", "out/x"]        # the run's folder carries its tokenizer
-
-
-def test_decode(trained):
-    folder, _ = trained
+def test_decode(trained, decode_here):
     result = run("-c", WATCH_WINGS, ROOT / "decode.py", "--prompt", "def f", "--compare", "--max-new-tokens", 20,
-                 "--json", "--tree", "3,3,8", *DECODE, cwd=folder)
+                 "--json", "--tree", "3,3,8", "--out-dir", "out/x", cwd=trained[0])
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def f") and "the same tokens" in result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["identical"] and found["speedup"] > 0 and result.stdout.startswith("def f" + found["text"])
     assert len(found["token_ids"]) == 20 == 1 + sum(found["acceptance_lengths"])
     assert found["tau"] == pytest.approx(19 / len(found["acceptance_lengths"]))
-    plain = run(ROOT / "decode.py", "--prompt", "def f", "--method", "ar", "--max-new-tokens", 20, "--json", *DECODE,
-                cwd=folder)
-    plain = json.loads(plain.stdout.splitlines()[-1])
+    plain = json.loads(decode_here("--method", "ar", "--max-new-tokens", 20, "--json").splitlines()[-1])
     assert plain["token_ids"] == found["token_ids"] and plain["acceptance_lengths"] == [1] * 19
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_show_tree_draws_what_decoding_does(trained, temperature):
-    folder, _ = trained
-    shown = run(ROOT / "decode.py", "--prompt", "def f", "--max-new-tokens", 8, "--tree", "3,3,8", "--show-tree",
-                "--report", "page.html", "--json", "--temperature", temperature, *DECODE, cwd=folder)
-    assert shown.returncode == 0 and "</html>" in (folder / "page.html").read_text(encoding="utf-8"), shown.stderr
-    nodes = [line for line in shown.stdout.splitlines() if "─ " in line]
+def test_show_tree_draws_what_decoding_does(trained, decode_here, temperature):
+    shown = decode_here("--max-new-tokens", 8, "--tree", "3,3,8", "--show-tree", "--report", "page.html", "--json",
+                        "--temperature", temperature).splitlines()
+    assert "</html>" in (trained[0] / "page.html").read_text(encoding="utf-8")
+    nodes = [line for line in shown if "─ " in line]
     assert sum("pruned" not in line for line in nodes) == 8
-    emitted = next(line for line in shown.stdout.splitlines() if line.startswith("emitted: "))
+    emitted = next(line for line in shown if line.startswith("emitted: "))
     assert f"({sum('accepted' in line for line in nodes)} drafts" in emitted
-    assert f"({json.loads(shown.stdout.splitlines()[-1])['acceptance_lengths'][0] - 1} drafts" in emitted
+    assert f"({json.loads(shown[-1])['acceptance_lengths'][0] - 1} drafts" in emitted

@@ -1,4 +1,7 @@
-"""Models small enough to check by hand, with random weights."""
+"""Models small enough to check by hand, with random weights; programs run in the tests' own process."""
+import sys
+
+import pytest
 import torch
 
 from gto.head import DraftHead, HeadConfig
@@ -21,3 +24,11 @@ def tiny_prompts(count, vocab=29, seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 20, (count,), generator=generator)
     return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def run_here(program, *arguments, cwd, device=("--device", "cpu")):
+    """`python program.py arguments` in this process: importing torch anew takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments), *device])
+        program.main()

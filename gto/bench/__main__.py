@@ -6,58 +6,50 @@
 gto/bench/README.md has more commands, and says what is measured how."""
 import json
 from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
 
 from gto.bench import roofline
-from gto.checkpoint import load_encoding, load_head, load_target, run_folder
+from gto.checkpoint import load_head, load_run
 from gto.data import read_prompts
 from gto.engine import Engine, cut
 from gto.evaluate import speeds
 from gto.page import watch, write_page
-from gto.tokenizer import StreamDecoder, end_of_text_id
+from gto.policy import AdaptiveEngine, choose_policy
+from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, at_least, main_guard, one_thread_if_small, ranks, start, table
+from gto.util import UserError, argument_parser, at_least, main_guard, start, table
 from gto.verify import Sampling
 
 
-def load(arguments):
-    """What the flags name. -> target, {method: function of sampling and capacity -> Engine}, encoding, questions."""
-    out = run_folder(arguments.out_dir, arguments.target)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
-    path = arguments.target or out / "target.pt"
-    target = load_target(path, arguments.device, dtype, ranks="split" if ranks() > 1 else None)
-    one_thread_if_small(target)
-    encoding = load_encoding(arguments.tokenizer or path)
+def load_methods(arguments, out, target):
+    """The heads, policies and trees that the flags name. -> {method: function of sampling and capacity -> Engine}"""
+    def by_policy(head, policy, file, **options):
+        return AdaptiveEngine(target, head, choose_policy(policy, file, out, target, head), **options)
+
     methods = {"ar": partial(Engine, target, None)}
-    for text in arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"):
-        name, _, file = text.partition("=")
-        head = load_head(file or name, target, dtype)
-        for tree in arguments.tree or (TreeShape(2, 4, 8), TreeShape(8, 5, 24)):
-            if (method := f"{name}, tree {tree}") in methods:
-                raise UserError(f"--head {method} is there twice: write NAME=PATH")
-            methods[method] = partial(Engine, target, head, tree)
-    return target, methods, encoding, read_prompts(arguments.prompts or out / "prompts.jsonl", arguments.limit or None)
+    ways = (arguments.policy or []) + (arguments.tree or []) or ["rule", TreeShape(8, 5, 24)]
+    for text, way in product(arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"), ways):
+        name, _, file = text.rpartition("=")
+        head = load_head(file, target, target.norm.weight.dtype)
+        if (method := f"{name or file}, {way}") in methods:
+            raise UserError(f"--head {method} is there twice: write NAME=PATH")
+        methods[method] = partial(Engine, target, head, way)
+        if isinstance(way, str):
+            methods[method] = partial(by_policy, head, way, file)
+    return methods
 
 
-def conversation(texts, encoding, template=None):
-    """Token ids of questions and answers in turn, up to the next answer. Without a template text follows text."""
-    if template is None:
-        return encoding.encode_ordinary("".join(texts))
-    from gto.released import chat
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return chat.encode(template, messages)
-
-
-def answer_everything(methods, questions, new_tokens, stop, encoding, template=None):
+def answer_everything(methods, questions, new_tokens, stop, encoding, encode):
     """Every method on every turn: first all first turns, then the second ones with ar's answers in their history.
-    methods {name: function of a capacity -> Engine}; questions [[turn, ...]]. Returns the prompts [ids] and, in the
-    same order, {name: [Decoded]}. UserError if a conversation is too long for the target."""
+    methods {name: function of a capacity -> Engine}; questions [[turn, ...]]; encode: see `load_run`. -> the prompts
+    [ids] and, in the same order, {name: [Decoded]}. UserError if a conversation is too long for the target."""
     prompts, results, history = [], {name: [] for name in methods}, [[] for _ in questions]
     for turn in range(max(map(len, questions))):
         asked = [(turns[turn], texts) for turns, texts in zip(questions, history) if turn < len(turns)]
-        new = [conversation([*texts, question], encoding, template) for question, texts in asked]
+        new = [encode([*texts, question]) for question, texts in asked]
         room = max(map(len, new)) + new_tokens
         engines = {name: make(capacity=room) for name, make in methods.items()}
         if room > (most := engines["ar"].target.config.max_len):
@@ -96,18 +88,16 @@ def divergences(target, prompts, mine, ar):
     return found
 
 
-def benchmark(target, methods, encoding, questions, arguments):
-    """What `load` returns -> {"rows": one by temperature and method, "divergences"}."""
-    template, stop = None, {end_of_text_id(encoding)}
-    if arguments.chat:
-        from gto.released import chat
-        template = chat.load(arguments.tokenizer or arguments.target or run_folder(arguments.out_dir, None), encoding)
-        stop = template.stops
+def benchmark(arguments):
+    """-> {"rows": one by temperature and method, "divergences"}."""
+    out, target, encoding, encode, stop = load_run(arguments)
+    methods = load_methods(arguments, out, target)
+    questions = read_prompts(arguments.prompts or out / "prompts.jsonl", arguments.limit or None)
     rows, apart, new_tokens = [], [], arguments.max_new_tokens
     for T in arguments.temperature:
         torch.manual_seed(arguments.seed)
         makers = {name: partial(make, sampling=Sampling(T)) for name, make in methods.items()}
-        prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, template)
+        prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, encode)
         answers = {name: [cut(each.tokens[:new_tokens], stop) for each in runs] for name, runs in results.items()}
         for name in methods:
             rows.append({"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])})
@@ -123,11 +113,12 @@ def benchmark(target, methods, encoding, questions, arguments):
 
 
 def main(argv=None):
-    parser = argument_parser("python -m gto.bench", __doc__)
+    parser = argument_parser("python -m gto.bench", __doc__, "--device", "--dtype")
     parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
     parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
     parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
-    parser.add_argument("--tree", action="append", type=TreeShape.parse, help="repeatable; default: 2,4,8 and 8,5,24")
+    parser.add_argument("--policy", action="append", choices=("rule", "ltd"), help="repeatable; see decode.py")
+    parser.add_argument("--tree", action="append", type=TreeShape.parse, help="repeatable; default: the rule and 8,5,24")
     parser.add_argument("--tokenizer", help="default: the one in the target's folder")
     parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
     parser.add_argument("--limit", type=at_least(0), default=16, help="questions; 0: all of them (default: 16)")
@@ -135,15 +126,14 @@ def main(argv=None):
     parser.add_argument("--temperature", type=at_least(0, float), nargs="+", default=[0.0, 1.0])
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", metavar="FILE.html", help="a page with figures, and a decode")
     parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
     arguments = parser.parse_args(argv)
-    start("cuda" if arguments.shape else arguments.device)
+    start("cuda" if arguments.shape and arguments.device == "cpu" else arguments.device)
     if arguments.shape:
         report = roofline.report(arguments.shape, arguments.tree or (TreeShape(10, 8, 59), TreeShape(1, 7, 7)))
     else:
-        report = benchmark(*load(arguments), arguments)
+        report = benchmark(arguments)
     print(table(report["rows"]))
     if report.get("divergences"):
         print("\nGreedy answers that are not ar's:\n\n" + table(report["divergences"]))

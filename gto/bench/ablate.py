@@ -56,14 +56,14 @@ class Ablation:
     def __init__(self, arguments):
         """UserError if the results' folder was begun with other steps or another tree."""
         start(arguments.device)
-        out, dtype = Path(arguments.out_dir), None if arguments.device == "cpu" else torch.bfloat16
+        out = Path(arguments.out_dir)
         config, self.folder = checkpoint.load_config(out), out / arguments.name
         if self.folder.resolve().parent != out.resolve():
             raise UserError(f"--name {arguments.name}: must be the name of a folder in {out}")
         self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objective="gto",
                                              gto_steps=arguments.steps or config.gto_steps))
         self.shape = TreeShape.parse(config.tree)
-        self.target = checkpoint.load_target(out / "target.pt", arguments.device, dtype)
+        self.target = checkpoint.load_target(out / "target.pt", arguments.device)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)
         self.texts = Texts(*checkpoint.load_texts(out / "text.pt", self.target), [])
         held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
@@ -143,7 +143,7 @@ def over_control(results, name, T, control="control"):
 
 
 def main(argv=None):
-    parser = argument_parser("python -m gto.bench.ablate", __doc__)
+    parser = argument_parser("python -m gto.bench.ablate", __doc__, "--device")
     parser.add_argument("--out-dir", default="out", help="what train.py --stage draft left (default: %(default)s)")
     parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
@@ -151,7 +151,6 @@ def main(argv=None):
     parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--steps", type=at_least(1), help="of a run of GTO; default: the config's")
     parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     results = read_results(Path(arguments.out_dir, arguments.name))

@@ -26,7 +26,7 @@ def learn(policy, recording, costs, rate):
         size = policy.size(observation)                                               # [R, levels]
         ppo(partial(choose_depths, observation[roots], reward[roots], size[roots]), policy.depth_actor)
         level, size = decide(policy, recording)
-        _, _, roots = replay(recording, costs, level, size)                           # where this policy comes by
+        roots = replay(recording, costs, level, size).roots                           # where this policy comes by
 
 
 def choose_sizes(observation, reward, level, actor):

@@ -1,7 +1,6 @@
 """Decode once, replay every decision: what any choice of depth and size would have brought and cost.
 
 At T=0 texts and drafts are deterministic: a draft at *every* position says what any policy would decode."""
-import time
 from statistics import median
 from timeit import repeat
 from typing import NamedTuple
@@ -10,11 +9,9 @@ import torch
 from tqdm import tqdm
 
 from gto.evaluate import accepted_path, fixed_text
-from gto.ltd.engine import AdaptiveEngine
-from gto.ltd.policy import Fixed, observe
 from gto.model import Prefix
+from gto.policy import Fixed, observe
 from gto.tree import TreeShape, candidates, expand, first_level, rerank, score_temperature
-from gto.util import synchronize
 
 
 class Recording(NamedTuple):
@@ -24,11 +21,12 @@ class Recording(NamedTuple):
 
 
 @torch.no_grad()
-def record(target, head, prompts, positions, space):
-    """Draft behind the first `positions` tokens of each prompt's greedy continuation. -> Recording, on the CPU."""
-    fixed, texts = fixed_text(target, prompts, positions, 0.0, space.depth), []
+def record(target, head, prompts, positions, space, T=0.0):
+    """Draft behind the first `positions` tokens of each prompt's continuation at temperature T. -> Recording, on the
+    CPU. (What is accepted at T > 0 follows its distribution, see gto/evaluate.py.)"""
+    fixed, texts = fixed_text(target, prompts, positions, T, space.depth), []
     hidden, kv = head.read(fixed.text.features, fixed.text.tokens)                    # [texts, T, dim]
-    temperature, steps = score_temperature(0.0), torch.arange(positions, device=hidden.device)
+    temperature, steps = score_temperature(T), torch.arange(positions, device=hidden.device)
     for text, start in enumerate(tqdm(fixed.start, desc="record", leave=False)):
         rows, length = torch.full_like(steps, text), start + steps                    # [n], [n] tokens before each root
         root, prefix = fixed.text.tokens[rows, length], Prefix(kv, length, rows)
@@ -43,31 +41,63 @@ def record(target, head, prompts, positions, space):
     return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
 
 
-@torch.inference_mode()                                                               # as in decoding
-def measure(target, head, policy, prompts, new_tokens):
-    """Time every part of a cycle while decoding with drafts of full depth, a prompt for each size in turn.
-    Returns the seconds of a cycle by depth and size, twice [levels, sizes], added up from medians: with a fixed tree,
-    and with `policy`, which has to look and to answer. A size that a draft cannot fill is charged as if it could."""
-    engine, space, times = AdaptiveEngine(target, head, policy), policy.space, {}
+def seconds_by_choice(costs, policy=None):
+    """Seconds of a cycle by depth and size, [levels, sizes], with the time a policy takes to answer, if there is one. A
+    size that a draft cannot fill is charged as if it could."""
+    seconds, depths = torch.tensor(costs.draft[:, None] + costs.verify).float(), torch.arange(1, costs.space.depth + 1)
+    if policy is None:
+        return seconds
+    seen = torch.rand(policy.width)
+    with torch.inference_mode():                                                      # as in decoding
+        stop, size = (median(repeat(lambda: ask(seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
+    return seconds + (stop * depths + size)[:, None]
 
-    def timed(key, part, run=engine.run):
-        synchronize(engine.device)
-        began = time.perf_counter()
-        result = run(key, part)
-        synchronize(engine.device)
-        times.setdefault(key, []).append(time.perf_counter() - began)
-        return result
 
-    engine.run = timed
-    for number, prompt in enumerate(prompts):
-        engine.policy = Fixed(space, space.depth, number % len(space.sizes))
-        engine.complete([prompt], new_tokens)
-    took, depths = {key: median(seconds) for key, seconds in times.items()}, range(1, space.depth + 1)
-    draft, look = (torch.tensor([took[part, depth] for depth in depths]).cumsum(0) for part in ("draft", "observe"))
-    verify = torch.tensor([took["verify", space.depth, nodes] for nodes in space.sizes])
-    seen = torch.rand(1, policy.width)
-    stop, size = (median(repeat(lambda: ask(seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
-    return draft[:, None] + verify, (draft + look + stop * torch.tensor(depths) + size)[:, None] + verify
+class Replayed(NamedTuple):
+    """All texts, decoded."""
+    tokens: torch.Tensor    # [texts]
+    seconds: torch.Tensor   # [texts]
+    roots: list             # where cycles begin
+
+    @property
+    def rate(self):
+        """Tokens a second."""
+        return (self.tokens.sum() / self.seconds.sum()).item()
+
+    @property
+    def tau(self):
+        return self.tokens.sum().item() / len(self.roots)
+
+
+def walk(recording, cycle):
+    """Decode all texts. cycle(root) -> drafts accepted, seconds. -> Replayed"""
+    tokens, seconds = torch.zeros(2, len(recording.accepted) // recording.positions, dtype=torch.double)
+    roots = []
+    for text in range(len(tokens)):
+        root, end = text * recording.positions, (text + 1) * recording.positions
+        while root < end:
+            roots.append(root)
+            accepted, took = cycle(root)
+            tokens[text] += accepted + 1
+            seconds[text] += took
+            root += accepted + 1
+    return Replayed(tokens, seconds, roots)
+
+
+def drive(policy, recording, costs):
+    """Decode by a policy that learns as it goes. -> Replayed"""
+    def cycle(root):
+        accepted, took = 0, costs.verify[0]
+        if not policy.waits():
+            level = 0
+            while level < costs.space.depth - 1 and not policy.stop(recording.observation[root, level]):
+                level += 1
+            size = int(policy.size(recording.observation[root, level]))
+            accepted, took = recording.accepted[root, level, size].item(), costs.draft[level] + costs.verify[size]
+        policy.learn(accepted)
+        return accepted, took
+
+    return walk(recording, cycle)
 
 
 @torch.no_grad()
@@ -79,23 +109,18 @@ def decide(policy, recording):
     return level, policy.size(recording.observation).gather(1, level[:, None]).squeeze(1)
 
 
-def replay(recording, costs, level, size):
-    """Decode all texts by these decisions [R] each. -> tokens a second, tau, the roots where cycles begin."""
-    roots, emitted = [], (recording.accepted[torch.arange(len(level)), level, size] + 1).tolist()
-    for text in range(0, len(emitted), recording.positions):
-        root = text
-        while root < text + recording.positions:
-            roots.append(root)
-            root += emitted[root]
-    tokens, seconds = sum(emitted[root] for root in roots), costs[level, size][roots].sum().item()
-    return tokens / seconds, tokens / len(roots), roots
+def replay(recording, seconds, level, size):
+    """Decode by these decisions [R] each; seconds [levels, sizes] of a cycle. -> Replayed"""
+    accepted = recording.accepted[torch.arange(len(level)), level, size].tolist()
+    took = seconds[level, size].tolist()
+    return walk(recording, lambda root: (accepted[root], took[root]))
 
 
 def best_fixed(recording, costs, space):
     """Grid search; a tree without nodes is not drafted at all. -> Fixed, tokens a second."""
     grid = [Fixed(space, depth, size) for depth in range(1, space.depth + 1)
             for size, nodes in enumerate(space.sizes) if nodes]
-    rates = [replay(recording, costs, *decide(policy, recording))[0] for policy in grid]
+    rates = [replay(recording, costs, *decide(policy, recording)).rate for policy in grid]
     return grid[rates.index(max(rates))], max(rates)
 
 

@@ -10,7 +10,7 @@ from gto.engine import cut
 from gto.model import Prefix
 from gto.rollout import score_inner_nodes
 from gto.tokenizer import StreamDecoder, token_bytes
-from gto.tree import Tree, ancestor_mask, draft_candidates, rerank
+from gto.tree import Tree, ancestor_mask, candidates
 from gto.util import rank, synchronize, write_text
 
 
@@ -29,22 +29,20 @@ def watch(engine, prompt, encoding, new_tokens, stop=()):
     cycles, written = [{"emitted": [decoder.push(new)], "nodes": [], "ms": {}}], 1
     while written < room and not any(token in stop for token in new):
         prefix, times = Prefix(engine.target_cache, engine.length.clone()), [moment(engine)]
-        hidden, root, head_prefix = engine.extend(width=int(engine.num_accepted) + 1)
-        times.append(moment(engine))
-        drafted = draft_candidates(engine.head, hidden, head_prefix, engine.shape, engine.score_temp)
-        tree = rerank(root, *drafted, engine.shape)
+        root, draft, kept = engine.draft_levels(width=int(engine.num_accepted) + 1)
+        tree = engine.tree(root, draft, kept)
         times.append(moment(engine))
         engine.verify(tree)
         times.append(moment(engine))
         new = cut(engine.emitted[0, :int(engine.num_accepted) + 1].tolist(), stop)
         with torch.random.fork_rng():                                                 # what is emitted stays the same
-            nodes = describe(engine, encoding, root, drafted, prefix, new)
-        parts = zip(("extend", "draft", "verify"), times, times[1:])
+            nodes = describe(engine, encoding, root, draft, kept, prefix, new) if draft else []
+        parts = zip(("draft", "verify"), times, times[1:])
         cycles.append({"emitted": [decoder.push([token]) for token in new[:room - written]], "nodes": nodes,
                        "ms": {part: 1e3 * (end - begin) for part, begin, end in parts}})
         written += len(new)
     return {"prompt": encoding.decode(prompt), "cycles": cycles, "score_temp": engine.score_temp,
-            "setting": f"tree {engine.shape}, T={engine.sampling.temperature:g}"}
+            "setting": f"tree {engine.shape}{'' if engine.queue_ahead else ' at most'}, T={engine.sampling.temperature:g}"}
 
 
 def moment(engine):
@@ -52,15 +50,15 @@ def moment(engine):
     return time.perf_counter()
 
 
-def describe(engine, encoding, root, drafted, prefix, emitted):
-    """The nodes of a cycle, of the candidates drafted behind `root`."""
-    tokens, parents, scores = drafted                                                 # [1, C] each
+def describe(engine, encoding, root, draft, size, prefix, emitted):
+    """The nodes of a cycle: of a Draft behind `root`, of which the `size` best were verified."""
+    tokens, parents, scores = candidates(draft)                                       # [1, C] each
     T = engine.sampling.temperature or 1.0
     log_P = path_log_prob(engine.target, root, tokens, parents, prefix, engine.shape, T)
     above, words, path = (x[0].tolist() for x in (parents, tokens, scores.exp()))     # above: index + 1, 0: the root
     of_head, of_target = ((x - F.pad(x, (1, 0)).gather(1, parents)).exp()[0].tolist() for x in (scores, log_P))
     order = scores[0].sort(descending=True, stable=True).indices.tolist()
-    kept = set(order[:engine.shape.nodes])
+    kept = set(order[:size])
     best_cut = {above[c]: c for c in reversed(order) if c not in kept and (above[c] == 0 or above[c] - 1 in kept)}
     text = [token_bytes(encoding, token).decode(errors="replace") for token in (root.item(), *words)]
     nodes = [{"token": text[0], "parent": 0, "head": 1.0, "target": 1.0, "path": 1.0, "kept": True, "accepted": True}]
@@ -89,9 +87,10 @@ def path_log_prob(target, root, tokens, parents, prefix, shape, temperature):
 
 def tree_text(watched):
     """The first cycle that drafts, drawn for the terminal."""
-    if len(watched["cycles"]) < 2:
-        return "no tree: the first token is the target's own, and the last"
-    nodes, emitted = (watched["cycles"][1][part] for part in ("nodes", "emitted"))
+    drafted = [cycle for cycle in watched["cycles"] if cycle["nodes"]]
+    if not drafted:
+        return "no tree: plain decoding, by the target alone"
+    nodes, emitted = drafted[0]["nodes"], drafted[0]["emitted"]
     lines = [f"{nodes[0]['token']!r}   (behind a token the head's probability at score temperature"
              f" {watched['score_temp']:g} and the target's)"]
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from gto.data import read_text, read_turns
+from gto.data import read_conversations, read_text
 from gto.released.files import locate, read_gguf, read_json
 from gto.released.tokenizers import SentencePieceEncoding
 from gto.tokenizer import END_OF_TEXT_NAMES
@@ -90,6 +90,11 @@ def encode(chat, messages):
     return chat.encoding.encode(render(chat, messages, generate=True), allowed_special="all")
 
 
+def encode_turns(chat, texts):
+    """The same of the texts of user and assistant in turn."""
+    return encode(chat, [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
+
+
 def user_prefix(chat):
     """The ids before the user's first message. A blank at the end is left to that: tokenizers join it to a word."""
     text = render(chat, [{"role": "user", "content": MARK}]).partition(MARK)[0]
@@ -120,7 +125,7 @@ def rows(chat, messages):
 
 
 def in_order(turns):
-    """[(role, text)] as `read_turns` has them -> messages that `rows` takes. An answer that stands first is dropped
+    """[(role, text)] of `read_conversations` -> messages that `rows` takes. An answer that stands first is dropped
     (ShareGPT's parts of longer talks); at a turn out of order, or empty, the rest of the conversation is."""
     turns = [(role, text.strip()) for role, text in turns]
     system = [turns.pop(0)] if turns and turns[0][0] == "system" else []
@@ -131,11 +136,11 @@ def in_order(turns):
 
 
 def encode_conversations(path, chat, length, room):
-    """The conversations of a chat .jsonl (see `read_turns`) as `rows`, cut to `length` tokens and padded with `room` to
+    """The conversations of a chat .jsonl as `rows`, cut to `length` tokens and padded with `room` to
     spare. -> tokens, int32, and what the assistant wrote, which a head learns, bool, both [n, length + room]."""
     found = []
-    for number, line in enumerate(tqdm(read_text(path).split("\n"), "encode", disable=rank() > 0 or None), 1):
-        for row in rows(chat, in_order(read_turns(line, f"{path}, line {number}"))) if line.strip() else ():
+    for turns in tqdm(read_conversations(path), "encode", disable=rank() > 0 or None):
+        for row in rows(chat, in_order(turns)):
             row = pad(torch.tensor(row, dtype=torch.int32), (0, length - len(row[0])))  # [2, length], perhaps cut
             if (row[1, :-1] & row[1, 1:]).any():                  # room for a root and the token drafted behind it
                 found.append(pad(row, (0, room)))

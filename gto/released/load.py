@@ -19,9 +19,8 @@ from gto.util import UserError, rank, reading
 REDUNDANT = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight", "d2t", "t2d")
 
 
-def load_target(path, device="cpu", dtype=None, ranks=None):
-    """A frozen target as downloaded: a folder of Hugging Face's or Meta's files, a file *.gguf, or smollm2.
-    dtype None: bfloat16 on a GPU, float32 on a CPU, where bfloat16 crawls. ranks: see parallel.py."""
+def load_target(path, device="cpu", dtype=torch.float32, ranks=None):
+    """A frozen target as downloaded: a folder of Hugging Face or Meta, a *.gguf, or smollm2. ranks: see parallel.py."""
     path = Path(path)
     if file := locate(path):
         layout, config_of, (numbers, tensors) = GGUF, gguf_config, read_gguf(file)
@@ -39,7 +38,6 @@ def load_target(path, device="cpu", dtype=None, ranks=None):
         parallel.gather(target)
     elif ranks == "split":
         target = parallel.tensor_parallel(whole)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     fill(target, whole, layout, tensors, path, device, dtype)
     if config.tied:
         target.unembed.weight = target.embed.weight

@@ -5,9 +5,9 @@ import json
 import torch
 from tqdm import tqdm
 
-from gto.data import read_text, read_turns
+from gto.data import read_conversations, read_prompts, read_text
 from gto.engine import Engine
-from gto.released.chat import encode, encode_conversations, user_prefix
+from gto.released.chat import encode_conversations, encode_turns, user_prefix
 from gto.tokenizer import StreamDecoder
 from gto.util import UserError, rank, wait, write_text
 from gto.verify import Sampling
@@ -20,16 +20,15 @@ def conversations(config, out, target, chat):
     """What heads are trained on: what the target writes into out/chats.jsonl, config.texts conversations, every other
     batch greedy. -> tokens, supervised [n, config.length + config.unroll]."""
     def converse(questions, number):
-        prompts = [encode(chat, [{"role": "user", "content": text}]) for text in questions]
+        prompts = [encode_turns(chat, [text]) for text in questions]
         temperature = float(number // config.text_batch % 2)
         answers = write(target, chat, prompts, config.length - min(map(len, prompts)), temperature)
         return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
                 for question, (answer, _) in zip(questions, answers) if answer]
 
     data = out / "chats.jsonl"
-    lines = append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
-    for line in lines[:3]:
-        (_, question), (_, answer) = read_turns(line, data)
+    append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
+    for (_, question), (_, answer) in read_conversations(data, 3):
         print(f"> {question}\n{answer}\n")
     return encode_conversations(data, chat, config.length, config.unroll)
 
@@ -37,14 +36,13 @@ def conversations(config, out, target, chat):
 def held_out(config, out, target, chat):
     """Prompts of which no head has seen an answer, lists of ids: questions of the target's own, out/prompts.jsonl."""
     path, count = out / "prompts.jsonl", config.eval_prompts * 5 // 4
-    lines = append_lines(path, target, chat, count, count, config.seed + 1,
-                         lambda questions, _: [{"turns": [question]} for question in questions])
-    return [encode(chat, [{"role": role, "content": text}]) for line in lines for role, text in read_turns(line, path)]
+    append_lines(path, target, chat, count, count, config.seed + 1,
+                 lambda questions, _: [{"turns": [question]} for question in questions])
+    return [encode_turns(chat, turns) for turns in read_prompts(path)]
 
 
 def append_lines(path, target, chat, count, batch, seed, records):
-    """Append records(what users might ask, number of the next line), batch by batch, until `path` has `count` lines,
-    behind those of an interrupted run. -> lines."""
+    """Append records(what users might ask, number of the next line) to an interrupted run's, up to `count` lines."""
     lines, prefix = read_text(path).splitlines(), user_prefix(chat)
     with tqdm(total=count, initial=len(lines), desc=path.stem, unit="line", disable=rank() > 0) as bar:
         while len(lines) < count:
@@ -53,13 +51,11 @@ def append_lines(path, target, chat, count, batch, seed, records):
             questions = list(dict.fromkeys(text for text, ended in written if ended and len(text) >= LONG_ENOUGH))
             if not questions:
                 raise UserError("the target writes no questions, so it is no chat model: give --data chat.jsonl")
-            new = [json.dumps(record) for record in records(questions, len(lines))][:count - len(lines)]
-            lines += new
+            lines += [json.dumps(record) for record in records(questions, len(lines))][:count - len(lines)]
             if rank() == 0:
                 write_text(path, "\n".join(lines) + "\n")
-            bar.update(len(new))
+            bar.update(len(lines) - bar.n)
     wait()
-    return lines
 
 
 def write(target, chat, prompts, most, temperature):

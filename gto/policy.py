@@ -1,0 +1,267 @@
+"""The decoding policy: how deep to draft and how many nodes to verify, or neither, decided anew in every cycle.
+
+What a cycle's parts cost is measured on the machine; what a draft may bring, the head's probabilities say. `Rule` weighs
+one against the other and needs no training; gto/ltd learns a policy. The output stays the target's: verification is
+lossless whatever the tree, as no decision depends on the draws."""
+import itertools
+import json
+import platform
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from gto.engine import Engine
+from gto.model import Prefix
+from gto.tree import TreeShape, expand, first_level
+from gto.util import average, synchronize, write_text
+
+
+@dataclass(frozen=True)
+class Space:
+    """What there is to choose from: drafts of 1 to `depth` levels, `top_k` children a node, cut to one of `sizes`."""
+    top_k: int
+    depth: int
+    sizes: tuple     # drafted nodes to verify, ascending; 0: only the root. Each is a fixed shape, fit for a CUDA graph
+
+    @property
+    def shape(self):
+        """The largest tree: the engine's state is made for it."""
+        return TreeShape(self.top_k, self.depth, self.sizes[-1])
+
+    def nodes(self, depth, size):
+        """Nodes kept of a draft of `depth` levels when size number `size` is chosen: never more than were drafted."""
+        return min(self.sizes[size], self.top_k + (depth - 1) * self.top_k ** 2)
+
+
+# On a CPU small trees win, or none: one token alone is much cheaper than two. On a GPU dozens of nodes cost little.
+SPACES = {"cpu": Space(4, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)), "cuda": Space(10, 8, (0, 8, 16, 32, 48, 64))}
+
+
+def observe(scores, length, space):
+    """What a policy sees. scores: by level [B, n], sums of log-probabilities; length [B]: tokens in the target's cache.
+    Returns [B, width]: levels drafted / depth; context in thousands of tokens; probabilities of the newest level's
+    top_k best nodes (the frontier), descending; of the best nodes of all levels, descending, 0 where there are none."""
+    frontier = scores[-1].topk(space.top_k, dim=1).values                             # [B, top_k]
+    best = F.pad(torch.cat(scores, dim=1), (0, space.sizes[-1]), value=float("-inf"))
+    best = best.topk(space.sizes[-1], dim=1).values                                   # [B, largest size]
+    drafted = torch.full_like(best[:, :1], len(scores) / space.depth)
+    return torch.cat([drafted, length[:, None] / 1000, frontier.exp(), best.exp()], dim=1)
+
+
+class Costs(NamedTuple):
+    """Seconds of a cycle's parts: a cycle takes draft[levels - 1] + verify[size]; one of plain decoding, verify[0]."""
+    space: Space
+    draft: np.ndarray     # [depth] to draft 1, 2, .. levels and to look at each
+    verify: np.ndarray    # [sizes]
+
+
+class Fixed:
+    """The same depth and size in every cycle. Policies answer these questions, of which the first two may be asked of
+    observations [.., width]: stop drafting? -> [..] bool; how many nodes to verify? -> [..], an index into
+    `space.sizes`; leave the draft out, and the look at it? And are told how many drafts a cycle accepted."""
+
+    def __init__(self, space, depth, size):
+        self.space, self.depth, self.choice = space, depth, size
+        self.shape = TreeShape(space.top_k, depth, max(space.nodes(depth, size), 1))
+
+    def stop(self, observation):
+        return (observation[..., 0] * self.space.depth).round() >= self.depth
+
+    def size(self, observation):
+        return torch.full(observation.shape[:-1], self.choice)
+
+    def waits(self):
+        return False
+
+    def learn(self, accepted):
+        pass
+
+
+class Rule:
+    """Draft on while the next level promises more accepted tokens than it costs, its time counted in tokens at the
+    speed of decoding so far; then verify the size that promises most beyond its cost. A path's chance is the head's
+    probability of it times `trust`: what came true of earlier promises. Needs no training.
+
+    Where even a draft's best is not worth its verification, plain decoding is faster, and a look at a draft is lost
+    time: each such look in a row doubles the cycles of plain decoding before the next one."""
+    memory, longest_wait = 0.98, 16      # of a cycle ago, in what trust and speed are taken from; cycles
+
+    def __init__(self, costs):
+        self.space, self.costs, self.sizes = costs.space, costs, list(costs.space.sizes)
+        node = (costs.verify[-1] - costs.verify[0]) / self.sizes[-1]
+        self.level_cost = [*np.diff(costs.draft) + 2 * node, float("inf")]            # of another level, with two nodes
+        self.accepted = self.promised = 2.0
+        self.tokens, self.seconds = 20.0, 20 * costs.verify[0]                        # as if by plain decoding
+        self.wait, self.patience = 0, 1
+
+    def rate(self):
+        """Tokens a second that time is worth: what decoding makes of it, or would make without drafts."""
+        return max(self.tokens / self.seconds, 1 / self.costs.verify[0])
+
+    def stop(self, observation):
+        """observation [width] of one draft."""
+        seen = np.asarray(observation)
+        drafted = round(float(seen[0] * self.space.depth))
+        # A path of probability p lost a factor of p^(1/level) a level. The next level's promise lies between that of
+        # the frontier's best node and that of all its nodes; it must be trusted twice, as it stands on this level's.
+        best, frontier = seen[2], seen[2:2 + self.space.top_k].sum()
+        promised = (best ** (1 + 1 / drafted) + frontier ** (1 + 1 / drafted)) / 2
+        gain = (self.accepted / self.promised) ** 2 * promised
+        return gain < self.level_cost[drafted - 1] * self.rate()
+
+    def size(self, observation):
+        seen = np.asarray(observation)
+        promised = np.append(0, seen[2 + self.space.top_k:].cumsum())[self.sizes]     # [sizes]
+        cost = self.costs.draft[round(float(seen[0] * self.space.depth)) - 1] + self.costs.verify
+        size = int((self.accepted / self.promised * promised - cost * self.rate()).argmax())
+        self.cycle = promised[size], cost[size]
+        self.wait, self.patience = (0, 1) if size else (self.patience - 1, min(2 * self.patience, self.longest_wait))
+        return size
+
+    def waits(self):
+        if self.wait == 0:
+            return False
+        self.wait, self.cycle = self.wait - 1, (0.0, self.costs.verify[0])
+        return True
+
+    def learn(self, accepted):
+        promised, seconds = self.cycle
+        self.accepted, self.promised = ((1 - self.memory) * 2 + self.memory * old + new for old, new in (
+            (self.accepted, accepted), (self.promised, promised)))
+        self.tokens = self.memory * self.tokens + accepted + 1
+        self.seconds = self.memory * self.seconds + seconds
+
+
+class AdaptiveEngine(Engine):
+    """Decodes one sequence by a policy. Every part of a cycle between two questions has fixed shapes: on a GPU each is
+    one CUDA graph."""
+    queue_ahead = False    # what a cycle does depends on what it finds
+
+    def __init__(self, target, head, policy, sampling=None, capacity=None):
+        super().__init__(target, head, policy.space.shape, sampling, capacity=capacity)
+        self.policy = policy
+        self.unread, self.decided = [], False                      # slots the head has not read; has a cycle been?
+        if self.device.type == "cuda":
+            self.capture_graphs()
+
+    def prefill(self, prompts):
+        self.tell()
+        self.unread, self.decided = [], False
+        return super().prefill(prompts)
+
+    def tell(self):
+        """Tell the policy what became of its last decision."""
+        if self.decided:
+            self.policy.learn(int(self.num_accepted))
+
+    def step(self):
+        root, draft, nodes = self.draft_levels()
+        if draft is None:
+            self.run("plain", lambda: self.verify(self.tree(self.root(), None, 0)))
+        else:
+            self.run(("verify", len(draft.scores), nodes), lambda: self.verify(self.tree(root, draft, nodes)))
+
+    def draft_levels(self, width=None):
+        """As the policy decides; without a Draft if it decides for plain decoding right away."""
+        self.tell()
+        self.decided, new = True, int(self.num_accepted) + 1
+        if self.policy.waits():
+            self.unread.append((self.features[:, :new].clone(), self.emitted[:, :new].clone()))
+            return self.root(), None, 0
+        if self.unread:
+            features, tokens = (torch.cat(x, dim=1) for x in zip(*self.unread))
+            self.read(features, tokens, self.length - new - tokens.shape[1])
+            self.unread = []
+        space, prefix = self.policy.space, Prefix(self.head_cache, self.length)
+        root, draft = self.run(("draft", 1), self.begin)
+        for depth in range(1, space.depth + 1):
+            (seen,) = self.run(("observe", depth), partial(observe, draft.scores, self.length, space)).cpu()
+            if depth == space.depth or self.policy.stop(seen):
+                break
+            draft = self.run(("draft", depth + 1), partial(expand, self.head, draft, prefix, self.score_temp))
+        return root, draft, space.nodes(depth, int(self.policy.size(seen)))
+
+    def begin(self):
+        """-> the root [1], a Draft of one level."""
+        hidden, root, _ = self.extend(int(self.num_accepted) + 1 if self.device.type == "cpu" else None)
+        return root, first_level(self.head, hidden, self.shape.top_k, self.score_temp)
+
+    @torch.inference_mode()
+    def capture_graphs(self):
+        """Take every decision once, before any clock runs: on no text, for the prefill comes after."""
+        policy, space = self.policy, self.policy.space
+        for depth, size in itertools.product(range(1, space.depth + 1), range(len(space.sizes))):
+            self.length.fill_(1)                                   # a root has a token before it
+            self.num_accepted.zero_()
+            self.policy = Fixed(space, depth, size)
+            self.step()
+        self.policy, self.decided = policy, False
+
+
+@torch.inference_mode()
+def measure(target, head, space, rounds=7, context=128):
+    """What the parts of a cycle take here, behind `context` tokens: medians over rounds of all sizes. -> Costs."""
+    engine, times = AdaptiveEngine(target, head, Fixed(space, space.depth, 0), capacity=context + space.depth + 1), {}
+
+    def timed(key, part, run=engine.run):
+        synchronize(engine.device)
+        began = time.perf_counter()
+        result = run(key, part)
+        synchronize(engine.device)
+        times.setdefault(key, []).append(time.perf_counter() - began)
+        return result
+
+    for number in range((rounds + 1) * len(space.sizes)):
+        engine.run = timed if number >= len(space.sizes) else engine.run              # the first round warms up
+        engine.policy = Fixed(space, space.depth, number % len(space.sizes))
+        engine.length.fill_(context)
+        engine.num_accepted.fill_(1)
+        engine.step()
+    took, depths = {key: median(seconds) for key, seconds in times.items()}, range(1, space.depth + 1)
+    costs = torch.tensor([took["draft", depth] + took["observe", depth] for depth in depths]).cumsum(0), torch.tensor(
+        [took["verify", space.depth, nodes] for nodes in space.sizes])
+    costs = [cost.to(engine.device) for cost in costs]
+    average(costs)                                                                    # all ranks decide the same
+    return Costs(space, *(cost.cpu().numpy() for cost in costs))
+
+
+def costs_here(folder, target, head, space=None):
+    """Costs on this machine: from costs.json in this folder if they were measured here, else measured and kept there.
+    A few seconds."""
+    weight, path = target.norm.weight, Path(folder, "costs.json")
+    space = space or SPACES[weight.device.type]
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"{platform.node()} {platform.machine()}"
+    about = {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(weight.dtype),
+             "space": str(space), "target": str(target.config), "head": str(head.config)}
+    try:
+        kept = json.loads(path.read_text())
+        if kept["about"] == about:
+            return Costs(space, *(np.array(kept[part], dtype=float) for part in ("draft", "verify")))
+    except (OSError, ValueError, LookupError, TypeError):
+        pass                                                                          # there is none, or it is damaged
+    costs = measure(target, head, space)
+    kept = {"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}
+    write_text(path, json.dumps(kept, indent=1))
+    return costs
+
+
+def policy_path(head_path):
+    """Where python -m gto.ltd leaves the policy for a head: policy-<head's file>, in the same folder."""
+    return Path(head_path).with_name(f"policy-{Path(head_path).name}")
+
+
+def choose_policy(name, head_path, out, target, head):
+    """The learned policy of a head if asked for, or if gto.ltd has found it faster than the rule; else the rule."""
+    if name == "ltd" or not name and policy_path(head_path).exists():
+        from gto.ltd.policy import load_policy
+        learned, gain = load_policy(policy_path(head_path))
+        if name or gain > 0:
+            return learned
+    return Rule(costs_here(out, target, head))
