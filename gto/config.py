@@ -44,7 +44,7 @@ class Config:
     label_temperature: float = 0.5  # below 1: labels sharpened towards the target's arg-max; 1: EAGLE-3's
 
     # phase II: Group Tree Optimization
-    gto_steps: int = 25
+    gto_steps: int = 100
     gto_batch: int = 4             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     rollout_steps: int = 4         # steps that learn from the same trees; the paper's: 1
