@@ -191,7 +191,7 @@ def test_one_run_from_nothing(trained):
     folder, printed = trained
     assert {p.name for p in (folder / "out/x").iterdir()} == {
         "config.json", "log.jsonl", "target.pt", "text.pt", "draft.pt", "gto.pt", "control.pt", "table.md",
-        "results.json", "report.html", "tokenizer.model", "meta.json", "prompts.jsonl"}
+        "results.json", "report.html", "tokenizer.model", "meta.json", "prompts.jsonl", "costs.json"}
     assert "Greedy output equal to plain greedy decoding: 4 of 4 texts" in printed
     results = json.loads((folder / "out/x/results.json").read_text())
     rows = {(row["T"], row["method"]): row for row in results["rows"]}
