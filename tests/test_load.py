@@ -10,7 +10,7 @@ from gto.checkpoint import finish, load_head, load_target
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, rotary_frequencies
 from gto.released import export
-from gto.released.layouts import HUGGING_FACE, pieces
+from gto.released.files import HUGGING_FACE, pieces
 from gto.util import UserError
 
 FIXTURE = Path(__file__).with_name("fixtures") / "goldens.pt"

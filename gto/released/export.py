@@ -7,7 +7,7 @@ import torch
 
 from gto import checkpoint
 from gto.head import DraftHead, HeadConfig
-from gto.released.layouts import EAGLE, pieces
+from gto.released.files import EAGLE, pieces
 from gto.util import UserError, argument_parser, main_guard, reading, write_text
 
 

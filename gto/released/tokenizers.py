@@ -22,16 +22,12 @@ def load(source):
     path = locate(source) or Path(source)
     if path.is_dir():
         path = path / ("tokenizer.json" if (path / "tokenizer.json").is_file() else "tokenizer.model")
-    if path.is_file():
-        return {".gguf": load_gguf, ".json": load_hugging_face}.get(path.suffix, load_model)(path)
-    with reading(f"the tokenizer {source}, here or from the network,"):
-        return tiktoken.get_encoding(str(source))
-
-
-def load_model(path):
-    """A file tokenizer.model, a rank file (Llama 3's) or a SentencePiece model."""
-    ranks = read_ranks(path)
-    if ranks is None:
+    if not path.is_file():
+        with reading(f"the tokenizer {source}, here or from the network,"):
+            return tiktoken.get_encoding(str(source))
+    if path.suffix in (".gguf", ".json"):
+        return load_gguf(path) if path.suffix == ".gguf" else load_hugging_face(path)
+    if (ranks := read_ranks(path)) is None:
         return SentencePieceEncoding(path)
     with reading(path):
         return make_encoding(str(path), LLAMA3_PATTERN, ranks, llama3_specials(len(ranks)))
@@ -48,13 +44,11 @@ def llama3_specials(first):
 def load_hugging_face(path):
     """A byte-level BPE tokenizer.json, its strings in GPT-2's alphabet."""
     config = read_json(path)
-    with reading(path):
-        normalizer = config["normalizer"] and config["normalizer"]["type"]
-        if normalizer not in (None, "NFC"):
-            raise ValueError(f"normalizer {normalizer}: if there is a tokenizer.model, give that")
+    with reading(f"{path} (--tokenizer names another, a tokenizer.model perhaps)"):
         specials = {token["content"]: token["id"] for token in config["added_tokens"]}
         ranks = {bytes(ALPHABET[char] for char in token): rank for token, rank in config["model"]["vocab"].items()
                  if token not in specials}
+        normalizer = config["normalizer"] and config["normalizer"]["type"]           # a Unicode form: Qwen's is NFC
         return make_encoding(str(path), split_pattern(config["pre_tokenizer"]), ranks, specials, normalizer)
 
 
