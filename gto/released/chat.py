@@ -21,8 +21,7 @@ from gto.util import UserError, rank, reading, wait, write_text
 from gto.verify import Sampling
 
 MARK = "\ue000"                     # a character nobody uses, where a message's text would stand
-# By a special token, templates of models that bring none: Vicuna; Llama 3 as Meta gives it out.
-KNOWN = {"</s>": "vicuna.jinja", "<|start_header_id|>": "llama3.jinja"}
+KNOWN = {"</s>": "vicuna.jinja", "<|start_header_id|>": "llama3.jinja"}   # for models that bring none, by a token
 QUESTION = 64                       # tokens of one that a target writes, at most
 LONG_ENOUGH = 8                     # characters of it: a lone word, or a greeting, makes every answer the same
 
@@ -102,9 +101,9 @@ def user_prefix(chat):
 
 
 def rows(chat, messages):
-    """A conversation as training rows [(ids, written)], two lists of equal length. `written` marks what the model
-    writes itself, up to its end token, in the context in which it would. That is one row if the template only appends;
-    one that rewrites what was before (Qwen3's and R1's drop thoughts) begins a new row there."""
+    """A conversation as training rows [(id, written), ...]. `written` marks what the model writes itself, up to its
+    end token, in the context in which it would. That is one row if the template only appends; one that rewrites what
+    was before (Qwen3's and R1's drop thoughts) begins a new row there."""
     found, row = [], ""                                           # row: the text of the last one
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         prompt, answer = render(chat, messages[:i], generate=True), messages[i]["content"]
@@ -114,12 +113,10 @@ def rows(chat, messages):
             answer = answer.rpartition("</think>")[2].lstrip()
         answer = chat.before + answer + chat.behind
         if not found or not prompt.startswith(row):
-            found, row = [*found, ([], [])], ""
+            found, row = [*found, []], ""
         for part, written in (prompt[len(row):], False), (answer, True):
             part = part.removeprefix(" ") if isinstance(chat.encoding, SentencePieceEncoding) else part   # it adds one
-            ids = chat.encoding.encode(part, allowed_special="all")
-            found[-1][0].extend(ids)
-            found[-1][1].extend([written] * len(ids))
+            found[-1].extend((token, written) for token in chat.encoding.encode(part, allowed_special="all"))
         row = prompt + answer
     return found
 
@@ -141,7 +138,7 @@ def encode_conversations(path, chat, length, room):
     found = []
     for turns in tqdm(read_conversations(path), "encode", disable=rank() > 0 or None):
         for row in rows(chat, in_order(turns)):
-            row = pad(torch.tensor(row, dtype=torch.int32), (0, length - len(row[0])))  # [2, length], perhaps cut
+            row = pad(torch.tensor(row, dtype=torch.int32).T, (0, length - len(row)))  # [2, length], perhaps cut
             if (row[1, :-1] & row[1, 1:]).any():                  # room for a root and the token drafted behind it
                 found.append(pad(row, (0, room)))
     if not found:

@@ -1,5 +1,4 @@
-"""The files of a download, Meta's, Hugging Face's, GGUF's (llama.cpp's, all of a model in one) and EAGLE-3's: what
-they call tensors and config keys, and their readers."""
+"""A download's files, Meta's, Hugging Face's, EAGLE-3's or one GGUF: their names of tensors and sizes; their readers."""
 import json
 import re
 from functools import lru_cache

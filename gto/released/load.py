@@ -1,9 +1,7 @@
 """Published weights -> our modules: targets in Meta's, Hugging Face's or GGUF's layout, draft heads in EAGLE-3's.
 
-Files are mapped, not read, and modules built on the meta device, without storage; then one tensor after the other is
-put together, converted and moved to where it will live. Over several processes of torchrun, one on each GPU (a rank), a
-target is "gathered" layer by layer in training, where they read different texts (FSDP2), and "split" in decoding, so
-that each reads only 1/N of the weights (tensor parallel)."""
+Files are mapped, not read, and modules built on the meta device, without storage. Then one tensor after the other is
+put together, converted and moved to where it will live: on one GPU, or a part of it on each rank of a torchrun."""
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,8 +99,9 @@ def join(name, shards, shape, config):
 
 
 def gather(target):
-    """Leave on each rank 1/N of the layers of a target on the meta device; a layer's weights are gathered when it runs,
-    then dropped. The head uses what is outside them too. All ranks must run the target equally often."""
+    """For training, where ranks read different texts (FSDP2): leave on each 1/N of the layers of a target on the meta
+    device; a layer's weights are gathered when it runs, then dropped. The head uses what is outside them too. All
+    ranks must run the target equally often."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard                                    # slow to import, rarely needed
     mesh = init_device_mesh("cuda" if distributed.get_backend() == "nccl" else "cpu", (ranks(),))
@@ -113,8 +112,8 @@ def gather(target):
 
 
 def tensor_parallel(target):
-    """One rank's share of a target on the meta device: 1/N of the heads and of the feed-forward width. The ranks add up
-    what their shares of a layer put out, so that each goes on with the same sum."""
+    """For decoding: one rank's share of a target on the meta device, 1/N of the heads and of the feed-forward width. The
+    ranks add up what their shares of a layer put out, so that each goes on with the same sum."""
     widths = {name: getattr(target.config, name) for name in ("heads", "kv_heads", "ffn_dim")}
     if any(width % ranks() for width in widths.values()):
         raise UserError(f"{widths} cannot be divided among {ranks()} processes: choose another --nproc_per_node")
