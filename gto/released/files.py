@@ -1,4 +1,4 @@
-"""A download's files, Meta's, Hugging Face's, EAGLE-3's or one GGUF: their names of tensors and sizes; their readers."""
+"""The files of a download (Meta's, Hugging Face's, EAGLE-3's, a GGUF): their names of tensors and sizes, and readers."""
 import json
 import re
 from functools import lru_cache

@@ -20,7 +20,7 @@ REDUNDANT = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.
 
 
 def load_target(path, device="cpu", dtype=torch.float32, ranks=None):
-    """A frozen target as downloaded: a folder of Hugging Face or Meta, a *.gguf or smollm2. ranks: "gather", "split"."""
+    """A frozen target as downloaded: a folder of Hugging Face or Meta, *.gguf or smollm2. ranks: "gather", "split"."""
     path = Path(path)
     if file := locate(path):
         layout, config_of, (numbers, tensors) = GGUF, gguf_config, read_gguf(file)
@@ -102,9 +102,8 @@ def gather(target):
     """For training, where ranks read different texts (FSDP2): leave on each 1/N of the layers of a target on the meta
     device; a layer's weights are gathered when it runs, then dropped. The head uses what is outside them too. All
     ranks must run the target equally often."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard                                    # slow to import, rarely needed
-    mesh = init_device_mesh("cuda" if distributed.get_backend() == "nccl" else "cpu", (ranks(),))
+    mesh = distributed.init_device_mesh("cuda" if distributed.get_backend() == "nccl" else "cpu", (ranks(),))
     target.requires_grad_(False)
     for block in target.blocks:
         fully_shard(block.attn, mesh=mesh), fully_shard(block.ffn, mesh=mesh)
@@ -112,8 +111,8 @@ def gather(target):
 
 
 def tensor_parallel(target):
-    """For decoding: one rank's share of a target on the meta device, 1/N of the heads and of the feed-forward width. The
-    ranks add up what their shares of a layer put out, so that each goes on with the same sum."""
+    """For decoding: one rank's share of a target on the meta device, 1/N of the heads and of the feed-forward width.
+    The ranks add up what their shares of a layer put out, so that each goes on with the same sum."""
     widths = {name: getattr(target.config, name) for name in ("heads", "kv_heads", "ffn_dim")}
     if any(width % ranks() for width in widths.values()):
         raise UserError(f"{widths} cannot be divided among {ranks()} processes: choose another --nproc_per_node")
