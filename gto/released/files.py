@@ -1,4 +1,4 @@
-"""The files of a download (Meta's, Hugging Face's, EAGLE-3's, a GGUF): their names of tensors and sizes, and readers."""
+"""The files of a download (Meta's, Hugging Face's, EAGLE-3's, a GGUF): names of tensors and sizes, and readers."""
 import json
 import re
 from functools import lru_cache
@@ -83,15 +83,15 @@ def gguf_config(metadata, tensors):
 
 
 def meta_config(p, tensors):
-    """params.json lacks what Meta's code knows: feed-forward width, constants of the rotary scaling, context length."""
-    width = int(p.get("ffn_dim_multiplier", 1) * int(2 * 4 * p["dim"] / 3))
-    multiple, scaled = p.get("multiple_of", 256), p.get("use_scaled_rope", False)
-    return ModelConfig(                                           # vocab_size may be -1 (Llama 1 and 2): output's rows
+    """params.json lacks what Meta's code knows, constants of the rotary scaling and context length. Rows are counted:
+    its vocab_size may be -1 (Llama 1 and 2), the feed-forward width would be a formula."""
+    scaled = p.get("use_scaled_rope", False)
+    return ModelConfig(
         vocab_size=sum(map(len, tensors["output.weight"])), layers=p["n_layers"], dim=p["dim"], heads=p["n_heads"],
-        kv_heads=p.get("n_kv_heads") or p["n_heads"], head_dim=p["dim"] // p["n_heads"],
-        ffn_dim=-(-width // multiple) * multiple, max_len=131072 if scaled else 8192 if "rope_theta" in p else 2048,
-        norm_eps=p["norm_eps"], rope_theta=p.get("rope_theta", 10000.0),
-        rope_scaling=(8.0, 1.0, 4.0, 8192) if scaled else None, tied=False)
+        ffn_dim=sum(map(len, tensors["layers.0.feed_forward.w1.weight"])), head_dim=p["dim"] // p["n_heads"],
+        kv_heads=p.get("n_kv_heads") or p["n_heads"], norm_eps=p["norm_eps"], rope_theta=p.get("rope_theta", 10000.0),
+        rope_scaling=(8.0, 1.0, 4.0, 8192) if scaled else None, tied=False,
+        max_len=131072 if scaled else 8192 if "rope_theta" in p else 2048)
 
 
 def eagle_config(c, tensors):
