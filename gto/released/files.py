@@ -83,8 +83,7 @@ def gguf_config(metadata, tensors):
 
 
 def meta_config(p, tensors):
-    """params.json lacks what Meta's code knows, constants of the rotary scaling and context length. Rows are counted:
-    its vocab_size may be -1 (Llama 1 and 2), the feed-forward width would be a formula."""
+    """params.json lacks what Meta's code knows; its vocab_size may be -1, its feed-forward width is a formula's."""
     scaled = p.get("use_scaled_rope", False)
     return ModelConfig(
         vocab_size=sum(map(len, tensors["output.weight"])), layers=p["n_layers"], dim=p["dim"], heads=p["n_heads"],
