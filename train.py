@@ -85,7 +85,7 @@ def training_texts(config, out, target, corpus, chat, texts):
         if corpus:
             texts = write_texts(config, target, corpus)
         elif not texts:
-            from gto.released.magpie import conversations
+            from gto.released.chat import conversations
             texts = conversations(config, out, target, chat)
         save(out / "text.pt", kind="text", **dict(zip(("tokens", "supervised"), texts)))
     return Texts(*load_texts(out / "text.pt", target), [])
@@ -145,7 +145,7 @@ def main():
     if corpus:
         prompts, stop, encoding = corpus.prompt_ids(config.eval_prompts * 5 // 4), (), load_encoding(out)
     else:
-        from gto.released.magpie import held_out
+        from gto.released.chat import held_out
         prompts, stop, encoding = held_out(config, out, target, chat), chat.stops, chat.encoding
     print(evaluate.report(config, target, heads, out, prompts, encoding, stop))
 

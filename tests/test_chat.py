@@ -8,7 +8,7 @@ import pytest
 import tiktoken
 
 from gto.checkpoint import load_encoding
-from gto.released.chat import encode, load, render, rows, user_prefix
+from gto.released.chat import encode_turns, load, render, rows, user_prefix
 from gto.util import UserError
 
 GOLDENS = Path(__file__).resolve().parents[2] / "shared" / "goldens"
@@ -64,7 +64,8 @@ def family(request, tmp_path):
 def test_two_turns_with_and_without_a_system_message(family):
     name, chat = family
     assert render(chat, [SYSTEM, *CHAT[:3]], generate=True) == EXPECTED[name]
-    assert encode(chat, [SYSTEM, *CHAT[:3]]) == chat.encoding.encode(EXPECTED[name], allowed_special="all")
+    ids = chat.encoding.encode(render(chat, CHAT[:3], generate=True), allowed_special="all")
+    assert encode_turns(chat, [message["content"] for message in CHAT[:3]]) == ids
     text = " Why?" if name == "vicuna" else "Why?"                 # the blank is the word's
     assert render(chat, CHAT[2:3]).startswith(chat.encoding.decode(user_prefix(chat)) + text)
     assert render(chat, CHAT[:1]).startswith({
@@ -78,14 +79,15 @@ def test_an_answer_is_learnt_where_the_model_would_write_it(family):
     found = rows(chat, messages)
     assert len(found) == (1 if name in ("llama3", "vicuna") else 2), "one row if the template only appends"
     for i, own in zip((2, 4), WRITTEN[name]):
-        prompt, (ids, written) = encode(chat, messages[:i]), found[min(i // 2, len(found)) - 1]
+        prompt = chat.encoding.encode(render(chat, messages[:i], generate=True), allowed_special="all")
+        ids, written = map(list, zip(*found[min(i // 2, len(found)) - 1]))
         end = len(prompt) + len(chat.encoding.encode(own, allowed_special="all"))
         assert ids[:len(prompt)] == prompt and decode(ids[len(prompt):end]) == own and ids[end - 1] in chat.stops
         assert not written[len(prompt) - 1] and all(written[len(prompt):end]) and not any(written[end:end + 1])
-    learnt = [decode([token]) for row in found for token, own in zip(*row) if own]
+    learnt = [decode([token]) for row in found for token, own in row if own]
     assert "".join(learnt) == "".join(WRITTEN[name])
     if len(found) == 1:
-        assert decode(found[0][0]) == render(chat, messages)
+        assert decode([token for token, _ in found[0]]) == render(chat, messages)
     assert rows(chat, CHAT[:1]) == []
 
 
@@ -107,8 +109,8 @@ def test_a_template_in_a_gguf():
     chat = load("smollm2", load_encoding("smollm2"))
     system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     assert chat.encoding.decode(user_prefix(chat)) == system + "<|im_start|>user\n"
-    (ids, _), = rows(chat, CHAT)
-    assert chat.encoding.decode(ids) == render(chat, CHAT).removesuffix("\n")
+    row, = rows(chat, CHAT)
+    assert chat.encoding.decode([token for token, _ in row]) == render(chat, CHAT).removesuffix("\n")
     assert chat.behind == "<|im_end|>" and chat.stops == {0, 2}
 
 
@@ -137,6 +139,6 @@ def test_with_the_peers_tokenizers(folder):
         pytest.importorskip("sentencepiece")
     chat = load(GOLDENS / folder, load_encoding(GOLDENS / folder))
     for messages in CHAT[:2], CHAT, [SYSTEM, *CHAT]:
-        (ids, written), = rows(chat, messages)
-        assert ids == chat.encoding.encode(render(chat, messages), allowed_special="all")
-        assert ids[-1] in chat.stops and len(written) == len(ids)
+        row, = rows(chat, messages)
+        assert [token for token, _ in row] == chat.encoding.encode(render(chat, messages), allowed_special="all")
+        assert row[-1][0] in chat.stops

@@ -10,11 +10,10 @@ from gto.checkpoint import finish, load_head, load_target
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, rotary_frequencies
 from gto.released import export
-from gto.released.layouts import HUGGING_FACE, pieces
+from gto.released.files import HUGGING_FACE, pieces
 from gto.util import UserError
 
 FIXTURE = Path(__file__).with_name("fixtures") / "goldens.pt"
-# dim 24: 2 * 4 * 24 / 3 = 64, rounded up to a multiple of 48 gives Meta's feed-forward width of 96.
 LLAMA = ModelConfig(vocab_size=40, layers=3, dim=24, heads=4, kv_heads=4, head_dim=6, ffn_dim=96, max_len=8192,
                     rope_theta=5e5, tied=False)
 HEAD = HeadConfig(vocab_size=40, draft_vocab_size=20, target_dim=24, dim=24, heads=4, kv_heads=2, head_dim=6,
@@ -87,7 +86,7 @@ def write_meta_release(folder, target, shards, embedding_axis):
     for i, file in enumerate(files):
         torch.save(file, folder / f"consolidated.{i:02}.pth")
     (folder / "params.json").write_text(json.dumps({
-        "dim": c.dim, "n_layers": c.layers, "n_heads": c.heads, "vocab_size": -1, "multiple_of": 48,
+        "dim": c.dim, "n_layers": c.layers, "n_heads": c.heads, "vocab_size": -1,
         "norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "some_later_key": 1}))
     return folder
 

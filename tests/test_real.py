@@ -16,7 +16,7 @@ from gto.checkpoint import load_encoding
 from gto.config import Config
 from gto.loss import OBJECTIVES, learnt_positions
 from gto.model import ModelConfig, Target
-from gto.released import chat, magpie
+from gto.released import chat
 from gto.tokenizer import save_ranks
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.util import UserError
@@ -229,8 +229,8 @@ def test_without_data_the_target_writes_its_own_conversations(release, file, cap
     if file == "Llama":                                           # interrupted in the second batch's answers
         (out / "chats.jsonl").unlink(), (out / "text.pt").unlink()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
-            parts = iter([magpie.write] * 3)
-            patch.setattr(magpie, "write", lambda *arguments: next(parts)(*arguments))
+            parts = iter([chat.write] * 3)
+            patch.setattr(chat, "write", lambda *arguments: next(parts)(*arguments))
             run(train, *small, "--stage", "text", cwd=release)
         begun = (out / "chats.jsonl").read_text(encoding="utf-8").splitlines()
         run(train, *small, "--stage", "text", cwd=release)

@@ -1,4 +1,4 @@
-"""Chat templates, the models' own, and conversations as training texts.
+"""Chat templates, the models' own, and conversations as training texts, given or written by the target itself.
 
 A template is a Jinja program that comes with the model. It runs in a sandbox, as Hugging Face's apply_chat_template
 would run it, and writes its beginning-of-text token itself. A special token that somebody typed counts as one."""
@@ -12,15 +12,18 @@ import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from gto.data import read_conversations, read_text
+from gto.data import read_conversations, read_prompts, read_text
+from gto.engine import Engine
 from gto.released.files import locate, read_gguf, read_json
 from gto.released.tokenizers import SentencePieceEncoding
-from gto.tokenizer import END_OF_TEXT_NAMES
-from gto.util import UserError, rank, reading
+from gto.tokenizer import END_OF_TEXT_NAMES, StreamDecoder
+from gto.util import UserError, rank, reading, wait, write_text
+from gto.verify import Sampling
 
 MARK = "\ue000"                     # a character nobody uses, where a message's text would stand
-# By a special token, templates of models that bring none: Vicuna; Llama 3 as Meta gives it out.
-KNOWN = {"</s>": "vicuna.jinja", "<|start_header_id|>": "llama3.jinja"}
+KNOWN = {"</s>": "vicuna.jinja", "<|start_header_id|>": "llama3.jinja"}   # for models that bring none, by a token
+QUESTION = 64                       # tokens of one that a target writes, at most
+LONG_ENOUGH = 8                     # characters of it: a lone word, or a greeting, makes every answer the same
 
 
 class Chat(NamedTuple):
@@ -85,14 +88,10 @@ def render(chat, messages, generate=False):
                                     enable_thinking=False)
 
 
-def encode(chat, messages):
-    """The ids of a conversation up to where the answer begins."""
-    return chat.encoding.encode(render(chat, messages, generate=True), allowed_special="all")
-
-
 def encode_turns(chat, texts):
-    """The same of the texts of user and assistant in turn."""
-    return encode(chat, [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)])
+    """The ids of texts of user and assistant in turn, up to where the next answer begins."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return chat.encoding.encode(render(chat, messages, generate=True), allowed_special="all")
 
 
 def user_prefix(chat):
@@ -102,9 +101,9 @@ def user_prefix(chat):
 
 
 def rows(chat, messages):
-    """A conversation as training rows [(ids, written)], two lists of equal length. `written` marks what the model
-    writes itself, up to its end token, in the context in which it would. That is one row if the template only appends;
-    one that rewrites what was before (Qwen3's and R1's drop thoughts) begins a new row there."""
+    """A conversation as training rows [(id, written), ...]. `written` marks what the model writes itself, up to its
+    end token, in the context in which it would. That is one row if the template only appends; one that rewrites what
+    was before (Qwen3's and R1's drop thoughts) begins a new row there."""
     found, row = [], ""                                           # row: the text of the last one
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         prompt, answer = render(chat, messages[:i], generate=True), messages[i]["content"]
@@ -114,12 +113,10 @@ def rows(chat, messages):
             answer = answer.rpartition("</think>")[2].lstrip()
         answer = chat.before + answer + chat.behind
         if not found or not prompt.startswith(row):
-            found, row = [*found, ([], [])], ""
+            found, row = [*found, []], ""
         for part, written in (prompt[len(row):], False), (answer, True):
             part = part.removeprefix(" ") if isinstance(chat.encoding, SentencePieceEncoding) else part   # it adds one
-            ids = chat.encoding.encode(part, allowed_special="all")
-            found[-1][0].extend(ids)
-            found[-1][1].extend([written] * len(ids))
+            found[-1].extend((token, written) for token in chat.encoding.encode(part, allowed_special="all"))
         row = prompt + answer
     return found
 
@@ -141,10 +138,61 @@ def encode_conversations(path, chat, length, room):
     found = []
     for turns in tqdm(read_conversations(path), "encode", disable=rank() > 0 or None):
         for row in rows(chat, in_order(turns)):
-            row = pad(torch.tensor(row, dtype=torch.int32), (0, length - len(row[0])))  # [2, length], perhaps cut
+            row = pad(torch.tensor(row, dtype=torch.int32).T, (0, length - len(row)))  # [2, length], perhaps cut
             if (row[1, :-1] & row[1, 1:]).any():                  # room for a root and the token drafted behind it
                 found.append(pad(row, (0, room)))
     if not found:
         raise UserError(f"{path} holds no answer of an assistant within its first {length} tokens: nothing to learn")
     tokens, supervised = torch.stack(found, dim=1)
     return tokens, supervised.bool()
+
+
+def conversations(config, out, target, chat):
+    """What heads are trained on without --data: config.texts conversations, which the target writes to out/chats.jsonl.
+    Given its template up to where a user's text begins, it writes what one might ask (Magpie, arXiv 2406.08464). Then
+    it answers, every other batch greedily. -> tokens, supervised [n, config.length + config.unroll]."""
+    def converse(questions, number):
+        prompts = [encode_turns(chat, [text]) for text in questions]
+        temperature = float(number // config.text_batch % 2)
+        answers = write(target, chat, prompts, config.length - min(map(len, prompts)), temperature)
+        return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+                for question, (answer, _) in zip(questions, answers) if answer]
+
+    data = out / "chats.jsonl"
+    append_lines(data, target, chat, config.texts, config.text_batch, config.seed, converse)
+    for (_, question), (_, answer) in read_conversations(data, 3):
+        print(f"> {question}\n{answer}\n")
+    return encode_conversations(data, chat, config.length, config.unroll)
+
+
+def held_out(config, out, target, chat):
+    """Prompts of which no head has seen an answer, lists of ids: questions of the target's own, out/prompts.jsonl."""
+    path, count = out / "prompts.jsonl", config.eval_prompts * 5 // 4
+    append_lines(path, target, chat, count, count, config.seed + 1,
+                 lambda questions, _: [{"turns": [question]} for question in questions])
+    return [encode_turns(chat, turns) for turns in read_prompts(path)]
+
+
+def append_lines(path, target, chat, count, batch, seed, records):
+    """Append records(what users might ask, number of the next line) to an interrupted run's, up to `count` lines."""
+    lines, prefix = read_text(path).splitlines(), user_prefix(chat)
+    with tqdm(total=count, initial=len(lines), desc=path.stem, unit="line", disable=rank() > 0) as bar:
+        while len(lines) < count:
+            torch.manual_seed(seed * 1_000_003 + len(lines))
+            written = write(target, chat, [prefix] * min(batch, 16 + 2 * (count - len(lines))), QUESTION, 1.0)
+            questions = list(dict.fromkeys(text for text, ended in written if ended and len(text) >= LONG_ENOUGH))
+            if not questions:
+                raise UserError("the target writes no questions, so it is no chat model: give --data chat.jsonl")
+            lines += [json.dumps(record) for record in records(questions, len(lines))][:count - len(lines)]
+            if rank() == 0:
+                write_text(path, "\n".join(lines) + "\n")
+            bar.update(len(lines) - bar.n)
+    wait()
+
+
+def write(target, chat, prompts, most, temperature):
+    """Continue prompts (lists of ids) to a stop token or by `most` tokens. -> [(text without the stop, ended)]."""
+    engine = Engine(target, None, None, Sampling(temperature), len(prompts), max(map(len, prompts)) + most)
+    rows = [sum(parts, []) for parts in zip(*engine.generate(prompts, most, chat.stops))]
+    return [(StreamDecoder(chat.encoding).push(token for token in row if token not in chat.stops).strip(),
+             row[-1] in chat.stops) for row in rows]

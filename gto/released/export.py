@@ -7,7 +7,7 @@ import torch
 
 from gto import checkpoint
 from gto.head import DraftHead, HeadConfig
-from gto.released.layouts import EAGLE, pieces
+from gto.released.files import EAGLE, pieces
 from gto.util import UserError, argument_parser, main_guard, reading, write_text
 
 
@@ -17,16 +17,16 @@ def export(source, folder, dtype=torch.float16):
     if Path(folder, "config.json").exists():
         raise UserError(f"{folder} holds a model: choose another folder")
     with reading(source):
-        config, weights = HeadConfig(**contents["config"]), contents["model"]
-        DraftHead(config, SimpleNamespace(embed=None)).load_state_dict(weights)       # to see that they fit
-        ids = weights.pop("token_ids")
-        for name, weight in weights.items():
-            parts = pieces(config, EAGLE, name, weight.shape)
-            rows = weight.to(dtype).split([shape[0] for _, shape in parts])
-            tensors |= {source: part.clone() for (source, _), part in zip(parts, rows)}   # not a view of the whole
+        config = HeadConfig(**contents["config"])
+        head = DraftHead(config, SimpleNamespace(embed=None)).requires_grad_(False)
+        head.load_state_dict(contents["model"])
+    for name, weight in head.named_parameters():
+        parts = pieces(config, EAGLE, name, weight.shape)
+        rows = weight.to(dtype).split([shape[0] for _, shape in parts])
+        tensors |= {source: part.clone() for (source, _), part in zip(parts, rows)}       # not a view of the whole
     if config.draft_vocab_size != config.vocab_size:
-        tensors["d2t"] = ids - torch.arange(len(ids))
-        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+        tensors["d2t"] = head.token_ids - torch.arange(config.draft_vocab_size)
+        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, head.token_ids, True)
     # SGLang and vLLM go by the architecture's name, EAGLE does not read it.
     write_text(Path(folder) / "config.json", json.dumps({
         "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu",

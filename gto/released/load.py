@@ -1,26 +1,26 @@
 """Published weights -> our modules: targets in Meta's, Hugging Face's or GGUF's layout, draft heads in EAGLE-3's.
 
-Files are mapped into memory, not read, and modules are built without storage, on the meta device. Then one tensor after
-the other is put together, converted and moved to where it will live: main memory holds that one besides the model."""
+Files are mapped, not read, and modules built on the meta device, without storage. Then one tensor after the other is
+put together, converted and moved to where it will live: on one GPU, or a part of it on each rank of a torchrun."""
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from gto.head import DraftHead
 from gto.model import Target, rotary_frequencies
-from gto.released import parallel
-from gto.released.files import dequantise, locate, map_files, read_gguf, read_json
-from gto.released.layouts import (EAGLE, GGUF, HUGGING_FACE, META, eagle_config, gguf_config, hugging_face_config,
-                                  meta_config, pieces)
-from gto.util import UserError, rank, reading
+from gto.released.files import (EAGLE, GGUF, HUGGING_FACE, META, eagle_config, gguf_config, hugging_face_config, locate,
+                                map_files, meta_config, pieces, read_gguf, read_json)
+from gto.util import UserError, rank, ranks, reading
 
 # The copy of a tied output matrix, rotary tables, a head's vocabulary map.
 REDUNDANT = ("lm_head.weight", "rotary_emb.inv_freq", "rope.freqs", "rope_freqs.weight", "d2t", "t2d")
 
 
 def load_target(path, device="cpu", dtype=torch.float32, ranks=None):
-    """A frozen target as downloaded: a folder of Hugging Face or Meta, a *.gguf, or smollm2. ranks: see parallel.py."""
+    """A frozen target as downloaded: a folder of Hugging Face or Meta, *.gguf or smollm2. ranks: "gather", "split"."""
     path = Path(path)
     if file := locate(path):
         layout, config_of, (numbers, tensors) = GGUF, gguf_config, read_gguf(file)
@@ -35,9 +35,9 @@ def load_target(path, device="cpu", dtype=torch.float32, ranks=None):
     with torch.device("meta"):
         target = whole = Target(config)
     if ranks == "gather":
-        parallel.gather(target)
+        gather(target)
     elif ranks == "split":
-        target = parallel.tensor_parallel(whole)
+        target = tensor_parallel(whole)
     fill(target, whole, layout, tensors, path, device, dtype)
     if config.tied:
         target.unembed.weight = target.embed.weight
@@ -73,13 +73,13 @@ def fill(model, whole, layout, tensors, path, device, dtype):
             found = [join(source, tensors[source], shape, whole.config).to(dtype) for source, shape in parts]
             if not all(part.isfinite().all() for part in found):
                 raise UserError(f"{name} holds numbers that are infinite or none")
-        filled[name] = parallel.shard(name, found, model.get_parameter(name)).to(device)
+        filled[name] = shard(name, found, model.get_parameter(name)).to(device)
     model.load_state_dict(filled, strict=False, assign=True)
     # Not a parameter, and float32 whatever the weights are. Llama 3.1's scaling is a tensor of divisors in a GGUF file.
     frequencies = rotary_frequencies(model.config)
     with reading(path):
         for divisors in tensors.get("rope_freqs.weight", ()):
-            frequencies /= dequantise(divisors)
+            frequencies /= torch.from_numpy(divisors.data)
     model.frequencies = frequencies.to(device)
 
 
@@ -89,9 +89,49 @@ def join(name, shards, shape, config):
     # Meta cut some by rows, some by columns.
     tensor = shards[0] if len(shards) == 1 else torch.cat(shards, dim=int(len(shards[0]) == shape[0]))
     if not isinstance(tensor, torch.Tensor):
-        tensor = dequantise(tensor)
+        from gguf.quants import dequantize                        # NotImplementedError for some quantisations
+        tensor = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
     if name.endswith(("q.weight", "k.weight")) and not config.qk_norm:
         tensor = tensor.view(-1, config.head_dim // 2, 2, shape[1]).transpose(1, 2).reshape(shape)
     return tensor
+
+
+def gather(target):
+    """For training, where ranks read different texts (FSDP2): leave on each 1/N of the layers of a target on the meta
+    device; a layer's weights are gathered when it runs, then dropped. The head uses what is outside them too. All
+    ranks must run the target equally often."""
+    from torch.distributed.fsdp import fully_shard                                    # slow to import, rarely needed
+    mesh = distributed.init_device_mesh("cuda" if distributed.get_backend() == "nccl" else "cpu", (ranks(),))
+    target.requires_grad_(False)
+    for block in target.blocks:
+        fully_shard(block.attn, mesh=mesh), fully_shard(block.ffn, mesh=mesh)
+    fully_shard(target, mesh=mesh, ignored_params={p for p in target.parameters() if not hasattr(p, "device_mesh")})
+
+
+def tensor_parallel(target):
+    """For decoding: one rank's share of a target on the meta device, 1/N of the heads and of the feed-forward width.
+    The ranks add up what their shares of a layer put out, so that each goes on with the same sum."""
+    widths = {name: getattr(target.config, name) for name in ("heads", "kv_heads", "ffn_dim")}
+    if any(width % ranks() for width in widths.values()):
+        raise UserError(f"{widths} cannot be divided among {ranks()} processes: choose another --nproc_per_node")
+    with torch.device("meta"):
+        share = Target(replace(target.config, **{name: width // ranks() for name, width in widths.items()}))
+    for block in share.blocks:
+        for layer in block.attn.out, block.ffn.down:
+            layer.register_forward_hook(lambda layer, inputs, output: distributed.all_reduce(output))   # in place
+    return share
+
+
+def shard(name, parts, parameter):
+    """What this rank keeps of the target's weight `name`, which is these parts stacked, to stand for `parameter`."""
+    whole = torch.cat(parts)
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)   # no message
+    if parameter.shape == whole.shape:
+        return whole
+    if name.endswith(("out.weight", "down.weight")):                                  # its inputs are split
+        return whole.chunk(ranks(), dim=1)[rank()].contiguous()
+    return torch.cat([part.chunk(ranks())[rank()] for part in parts])

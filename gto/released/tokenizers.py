@@ -22,16 +22,12 @@ def load(source):
     path = locate(source) or Path(source)
     if path.is_dir():
         path = path / ("tokenizer.json" if (path / "tokenizer.json").is_file() else "tokenizer.model")
-    if path.is_file():
-        return {".gguf": load_gguf, ".json": load_hugging_face}.get(path.suffix, load_model)(path)
-    with reading(f"the tokenizer {source}, here or from the network,"):
-        return tiktoken.get_encoding(str(source))
-
-
-def load_model(path):
-    """A file tokenizer.model, a rank file (Llama 3's) or a SentencePiece model."""
-    ranks = read_ranks(path)
-    if ranks is None:
+    if not path.is_file():
+        with reading(f"the tokenizer {source}, here or from the network,"):
+            return tiktoken.get_encoding(str(source))
+    if path.suffix in (".gguf", ".json"):
+        return load_byte_level(path)
+    if (ranks := read_ranks(path)) is None:
         return SentencePieceEncoding(path)
     with reading(path):
         return make_encoding(str(path), LLAMA3_PATTERN, ranks, llama3_specials(len(ranks)))
@@ -45,41 +41,35 @@ def llama3_specials(first):
     return {f"<|{named.get(i) or next(reserved)}|>": first + i for i in range(256)}
 
 
-def load_hugging_face(path):
-    """A byte-level BPE tokenizer.json, its strings in GPT-2's alphabet."""
-    config = read_json(path)
-    with reading(path):
-        normalizer = config["normalizer"] and config["normalizer"]["type"]
-        if normalizer not in (None, "NFC"):
-            raise ValueError(f"normalizer {normalizer}: if there is a tokenizer.model, give that")
-        specials = {token["content"]: token["id"] for token in config["added_tokens"]}
-        ranks = {bytes(ALPHABET[char] for char in token): rank for token, rank in config["model"]["vocab"].items()
-                 if token not in specials}
-        return make_encoding(str(path), split_pattern(config["pre_tokenizer"]), ranks, specials, normalizer)
+def load_byte_level(path):
+    """The byte-level BPE of a tokenizer.json or a GGUF file, which spell tokens in GPT-2's alphabet."""
+    contents = read_gguf(path)[0] if path.suffix == ".gguf" else read_json(path)
+    with reading(f"the tokenizer in {path} (--tokenizer names another, a tokenizer.model perhaps)"):
+        if path.suffix == ".gguf":
+            pre, tokens, kinds = (contents[f"tokenizer.ggml.{x}"] for x in ("pre", "tokens", "token_type"))
+            vocab = {token: i for i, token in enumerate(tokens) if kinds[i] == 1}
+            specials = {token: i for i, token in enumerate(tokens) if kinds[i] in (3, 4)}  # control, user defined
+            pattern, normalizer = GGUF_PATTERNS[pre], "NFC" if pre == "qwen2" else None
+        else:
+            vocab = contents["model"]["vocab"]
+            specials = {token["content"]: token["id"] for token in contents["added_tokens"]}
+            pattern = split_pattern(contents["pre_tokenizer"])
+            normalizer = contents["normalizer"] and contents["normalizer"]["type"]
+        ranks = {bytes(ALPHABET[char] for char in token): i for token, i in vocab.items() if token not in specials}
+        return make_encoding(str(path), pattern, ranks, specials, normalizer)
 
 
 def split_pattern(pre_tokenizer):
     """The one pattern that splits as the pre_tokenizer of a tokenizer.json does. ValueError if none is known."""
     *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if (last["type"], last["add_prefix_space"]) == ("ByteLevel", False):
-        match before, last.get("use_regex", True):
-            case [{"type": "Split", "pattern": {"Regex": pattern}}], False:
-                return pattern
-            case [], True:
-                return GPT2_PATTERN
-            case [{"type": "Digits", "individual_digits": True}], True:
-                return SMOLLM_PATTERN
+    match before, last["type"], last["add_prefix_space"], last.get("use_regex", True):
+        case [{"type": "Split", "pattern": {"Regex": pattern}}], "ByteLevel", False, False:
+            return pattern
+        case [], "ByteLevel", False, True:
+            return GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True}], "ByteLevel", False, True:
+            return SMOLLM_PATTERN
     raise ValueError("it splits text in a way tiktoken cannot")
-
-
-def load_gguf(path):
-    """The tokenizer in a GGUF file, a byte-level BPE in GPT-2's alphabet."""
-    metadata, _ = read_gguf(path)
-    with reading(f"the tokenizer in {path} (--tokenizer names another)"):
-        pre, tokens, kinds = (metadata[f"tokenizer.ggml.{x}"] for x in ("pre", "tokens", "token_type"))
-        ranks = {bytes(ALPHABET[char] for char in token): i for i, token in enumerate(tokens) if kinds[i] == 1}
-        specials = {token: i for i, token in enumerate(tokens) if kinds[i] in (3, 4)}      # control, user defined
-        return make_encoding(str(path), GGUF_PATTERNS[pre], ranks, specials, "NFC" if pre == "qwen2" else None)
 
 
 class SentencePieceEncoding:
