@@ -24,20 +24,16 @@ from gto.page import tree_text, watch, write_page
 from gto.policy import AdaptiveEngine, choose_policy
 from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, at_least, main_guard, rank, start
+from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, rank, start
 from gto.verify import Sampling
 
 
 def parse_arguments():
-    parser = argument_parser("python decode.py", __doc__, "--device", "--dtype")
+    parser = argument_parser("python decode.py", __doc__, *FLAGS)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--method", choices=("ar", "draft", "control", "gto"), default="gto",
                         help="ar: plain decoding; else the head train.py left under this name (default: gto)")
-    parser.add_argument("--out-dir", help="where train.py left them (default: out, or out/<target>)")
-    parser.add_argument("--target", help="a target checkpoint, smollm2, a GGUF file, or a folder as downloaded")
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
-    parser.add_argument("--tokenizer", help="default: the target's folder")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
     parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: as --policy decides")
     parser.add_argument("--policy", choices=("rule", "ltd"),
                         help="decides on the tree, in every cycle (default: what gto.ltd found faster, else the rule)")
@@ -45,10 +41,8 @@ def parse_arguments():
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
     parser.add_argument("--top-k", type=at_least(0), default=0)
     parser.add_argument("--top-p", type=at_least(0, float), default=1.0)
-    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
-    parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
     arguments = parser.parse_args()
     if arguments.method == "ar" and (arguments.policy or arguments.compare or arguments.show_tree or arguments.report):
