@@ -21,7 +21,7 @@ from gto.checkpoint import load_head, load_run
 from gto.engine import Engine
 from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
-from gto.policy import AdaptiveEngine, choose_policy
+from gto.policy import make_engine
 from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
 from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, rank, start
@@ -53,8 +53,7 @@ def parse_arguments():
 
 
 def decode(engine, encoding, prompt, max_new_tokens, stop, show):
-    """Print `show`, once the prompt has proved to be fit, and behind it what is written. -> Decoded; the number of
-    tokens that each cycle emitted."""
+    """Print `show`, once the prompt is known to fit, and what is written. -> Decoded; how many tokens, by cycle."""
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     decoder, tokens, cycles = StreamDecoder(encoding), [], []
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
@@ -79,11 +78,7 @@ def main():
     head = load_head(head_path, target, target.norm.weight.dtype) if arguments.method != "ar" else None
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    if arguments.tree or not head:
-        engine = Engine(target, head, arguments.tree, sampling, capacity=capacity)
-    else:
-        policy = choose_policy(arguments.policy, head_path, out, target, head)
-        engine = AdaptiveEngine(target, head, policy, sampling, capacity)
+    engine = make_engine(target, head, arguments.tree or arguments.policy, head_path, out, sampling, capacity)
     torch.manual_seed(arguments.seed)
     decoded, cycles = decode(engine, encoding, prompt, n, stop, show="" if arguments.chat else arguments.prompt)
     result = {"text": encoding.decode(decoded.tokens), "token_ids": decoded.tokens, "acceptance_lengths": cycles,

@@ -98,7 +98,7 @@ PRESETS = {
 CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False)}
 LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr", "muon_lr", "omega", "delta", "eps"),
                       0) | {"eval_prompts": 4, "eval_tokens": 2}
-LARGEST = 999_999    # whole number: sizes and steps beyond it are slips
+LARGEST = 999_999    # whole number: a size or step count beyond it is a slip
 
 
 def check(c):

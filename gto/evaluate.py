@@ -151,9 +151,9 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
 
 def compare_tau(config, target, heads, prompts, others, stop):
     """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with the score temperature that
-    the `others` choose. -> what results.json holds of it, rows by (T, name); {(T, name): [seeds, prompts]}."""
+    the `others` choose. -> rows by (T, name); taus by (T, name), [seeds, prompts]; what results.json holds besides."""
     shape, new_tokens, rows, taus = TreeShape.parse(config.tree), config.eval_tokens, {}, {}
-    results = {"rows": rows, "prompts": len(prompts), "by_depth": {}, "calibration": {}}
+    results = {"prompts": len(prompts), "by_depth": {}, "calibration": {}}
     for T, temperatures in SCORE_TEMPS.items():
         test = fixed_text(target, prompts, new_tokens, T, shape.depth, stop)
         tune = fixed_text(target, others, new_tokens // 2, T, shape.depth, stop, seed=1)
@@ -176,17 +176,16 @@ def compare_tau(config, target, heads, prompts, others, stop):
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
             results["greedy_equal"] = sum(map(list.__eq__, written, plain))
             results["distinct_tokens"] = sum(len(set(row)) for row in plain) / len(plain)
-    return results, taus
+    return rows, taus, results
 
 
 def compare_speed(target, heads, out, prompts, new_tokens, stop, rows):
-    """Add to the rows tokens a second as decode.py drafts by default, by the rule, their ratio to plain decoding's, and
-    how long training took."""
+    """Add to the rows: tokens a second by the rule, over those of plain decoding; seconds of training."""
     room, costs = max(map(len, prompts)) + new_tokens + 16, costs_here(out, target, heads["gto"][0])
     for T in SCORE_TEMPS:
-        engines = {"ar": Engine(target, None, sampling=Sampling(T), capacity=room)} | {
-            name: AdaptiveEngine(target, trained[0], Rule(costs), Sampling(T), room)
-            for name, trained in heads.items()}
+        engines = {"ar": Engine(target, None, sampling=Sampling(T), capacity=room)}
+        for name, (head, *_) in heads.items():
+            engines[name] = AdaptiveEngine(target, head, Rule(costs), Sampling(T), room)
         decoded = speeds(engines, prompts, new_tokens, stop, desc=f"speed, T={T:g}")
         rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
         for name, rate in rates.items():
@@ -200,10 +199,10 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
     """The comparison at the end of a run; prompts: lists of ids, every fifth chooses score temperatures; stop: tokens
     that end an answer. -> Markdown, also in out/table.md, and beside it results.json and the page report.html."""
     others, prompts, new_tokens = prompts[::5], [p for i, p in enumerate(prompts) if i % 5], config.eval_tokens
-    results, taus = compare_tau(config, target, heads, prompts, others, stop)
+    rows, taus, results = compare_tau(config, target, heads, prompts, others, stop)
     one_thread_if_small(target)
-    compare_speed(target, heads, out, prompts[:TIMED], new_tokens, stop, results["rows"])
-    rows = list(results["rows"].values())
+    compare_speed(target, heads, out, prompts[:TIMED], new_tokens, stop, rows)
+    rows = list(rows.values())
     differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
                    for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
     gains = " and ".join(T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error)

@@ -17,7 +17,7 @@ from gto.data import read_prompts
 from gto.engine import Engine, cut
 from gto.evaluate import speeds
 from gto.page import watch, write_page
-from gto.policy import AdaptiveEngine, choose_policy
+from gto.policy import make_engine
 from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
 from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, start, table
@@ -26,11 +26,6 @@ from gto.verify import Sampling
 
 def load_methods(arguments, out, target):
     """The heads, policies and trees that the flags name. -> {method: function of sampling and capacity -> Engine}"""
-    def engine(head, file, way, sampling, capacity):
-        if isinstance(way, TreeShape):
-            return Engine(target, head, way, sampling, capacity=capacity)
-        return AdaptiveEngine(target, head, choose_policy(way, file, out, target, head), sampling, capacity)
-
     methods = {"ar": partial(Engine, target, None)}
     ways = (arguments.policy or []) + (arguments.tree or []) or ["rule", TreeShape(8, 5, 24)]
     for text, way in product(arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"), ways):
@@ -38,14 +33,14 @@ def load_methods(arguments, out, target):
         head = load_head(file, target, target.norm.weight.dtype)
         if (method := f"{name or file}, {way}") in methods:
             raise UserError(f"--head {method} is there twice: write NAME=PATH")
-        methods[method] = partial(engine, head, file, way)
+        methods[method] = partial(make_engine, target, head, way, file, out)
     return methods
 
 
 def answer_everything(methods, questions, new_tokens, stop, encoding, encode):
     """Every method on every turn: first all first turns, then the second ones with ar's answers in their history.
     methods {name: function of a capacity -> Engine}; questions [[turn, ...]]; encode: see `load_run`. -> the prompts
-    [ids] and, in the same order, {name: [Decoded]}. UserError if a conversation is too long for the target."""
+    [ids] and, in the same order, {name: [Decoded]}."""
     prompts, results, history = [], {name: [] for name in methods}, [[] for _ in questions]
     for turn in range(max(map(len, questions))):
         asked = [(turns[turn], texts) for turns, texts in zip(questions, history) if turn < len(turns)]

@@ -39,7 +39,7 @@ def watch(engine, prompt, encoding, new_tokens, stop=()):
         cycles.append({"emitted": [decoder.push([token]) for token in new[:room - written]], "nodes": nodes, "ms": ms})
         written += len(new)
     return {"prompt": encoding.decode(prompt), "cycles": cycles, "score_temp": engine.score_temp,
-            "setting": f"tree {engine.shape}{'' if engine.queue_ahead else ' at most'}, T={engine.sampling.temperature:g}"}
+            "setting": f"tree {engine.shape}{' at most' * (not engine.queue_ahead)}, T={engine.sampling.temperature:g}"}
 
 
 def describe(engine, encoding, root, draft, size, prefix, emitted):
