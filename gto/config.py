@@ -43,10 +43,11 @@ class Config:
     label_temperature: float = 0.5  # below 1: labels sharpened towards the target's arg-max; 1: EAGLE-3's
 
     # phase II: Group Tree Optimization
-    gto_steps: int = 25
-    gto_batch: int = 2             # sequences per step
+    gto_steps: int = 100
+    gto_batch: int = 4             # sequences per step
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
-    groups: int = 16               # K, per sequence
+    rollout_steps: int = 4         # steps that learn from the same trees; the paper's: 1
+    groups: int = 4                # K, per sequence; the paper's: 16
     group_size: int = 8            # m adjacent positions
     objective: str = "gto"         # gto or keep, or your own: OBJECTIVES in gto/loss.py
     omega: float = 0.5             # L = L_token + omega * L_objective
@@ -88,14 +89,15 @@ PRESETS = {
                         label_temperature=1.0, tree="10,7,60"),
     # For a released chat model of 100 to 200 million parameters, in about an hour on two cores.
     "chat": Config(texts=384, head_ffn_dim=0, draft_vocab_size=4096, unroll=2, head_steps=700, head_lr=3e-3,
-                   head_muon_lr=0.08, gto_steps=24, groups=4, seeds=1, eval_tokens=64),
+                   head_muon_lr=0.08, gto_steps=24, gto_batch=2, seeds=1, eval_tokens=64),
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.
     "real": Config(length=2048, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
                    head_lr=5e-5, head_muon_lr=0.0, label_temperature=1.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1,
-                   warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
+                   rollout_steps=1, groups=16, warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
 }
 
-CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False)}
+CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False),
+           "rollout_steps": (1, 2, 4, 5, 8, 10, 20, 40)}  # divisors of gto.training.SAVE_EVERY
 LEAST = dict.fromkeys(("head_ffn_dim", "unroll", "warmup", "seed", "head_muon_lr", "muon_lr", "omega", "delta", "eps"),
                       0) | {"eval_prompts": 4, "eval_tokens": 2}
 LARGEST = 999_999    # whole number: a size or step count beyond it is a slip

@@ -97,25 +97,34 @@ class Batch(NamedTuple):
     labels: torch.Tensor        # [B, R, J+1, V']
     weight: torch.Tensor        # [B, R, J+1] bool: supervised
     total: torch.Tensor         # [J+1] supervised positions of a whole step, over the number of its parts
-    roots: torch.Tensor         # [B, K * m] root slots of the groups
+    roots: torch.Tensor         # [B, K, m] root slots of the groups
     group_weight: torch.Tensor  # [B, K] of each group in the mean, 0 where there is none
+    kept: list                  # what an objective keeps for its next steps: empty in every `rollout_steps`-th
 
 
 def gto_objective(batch):
-    """Eq. 3-12: trees of both heads at groups of positions, rewarded by the target. -> loss, metrics to log."""
-    config, shape = batch.config, TreeShape.parse(batch.config.tree)
-    trees, reference_trees = (rollout_trees(batch.target, head, batch.text, batch.roots, shape, config.aggregator,
-                                            config.eta) for head in (batch.head, batch.reference))
-    log_q = sequence_log_prob(batch.head, batch.text, batch.roots, trees)             # [B, K * m], with gradient
-    with torch.no_grad():
-        reference_log_q = sequence_log_prob(batch.reference, batch.text, batch.roots, trees)
-    in_groups = (*batch.group_weight.shape, config.group_size)                        # B, K, m
+    """Eq. 3-12. Trees serve `rollout_steps` steps, as in PPO; but the ratio and its clip are against the reference, as
+    in the paper, not against the head that drafted them. -> loss, metrics to log."""
+    if not batch.kept:
+        batch.kept.extend(rollout(batch))
+    text, roots, trees, reference_log_q, advantage, metrics = batch.kept
+    log_q = sequence_log_prob(batch.head, text, roots, trees)                         # [B, K, m], with gradient
+    return surrogate(ratio(log_q, reference_log_q, trees.length), advantage, batch.config.eps), metrics
+
+
+@torch.no_grad()
+def rollout(batch):
+    """Trees of both heads at groups of positions, rewarded by the target: what of GTO carries no gradient."""
+    config, text, roots, shape = batch.config, batch.text, batch.roots, TreeShape.parse(batch.config.tree)
+    trees, reference_trees = rollout_trees(batch.target, (batch.head, batch.reference), text, roots, shape,
+                                           config.aggregator, config.eta)             # [B, K, m]
+    reference_log_q = sequence_log_prob(batch.reference, text, roots, trees)
     gain = debias(trees.reward, reference_trees.reward) if config.debias else trees.reward
-    advantage = advantages(gain.view(in_groups), config.delta)
-    s = ratio(log_q, reference_log_q, trees.length).view(in_groups)
     weight = batch.group_weight[..., None] * batch.group_weight.numel()               # `surrogate` is linear in A
+    advantage = advantages(gain, config.delta) * weight
     metrics = {"reward": trees.reward, "gain": gain, "accepted": trees.length}
-    return surrogate(s, advantage * weight, config.eps), {k: (v.view_as(s) * weight).mean() for k, v in metrics.items()}
+    metrics = {name: (value * weight).mean() for name, value in metrics.items()}
+    return text._replace(kv=None), roots, trees, reference_log_q, advantage, metrics
 
 
 def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gto.model import KV, Prefix
-from gto.tree import draft_tree, rows
+from gto.tree import Tree, ancestor_mask, draft_tree
 from gto.verify import accept
 from kernels.acceptance import score_nodes
 
@@ -18,32 +18,31 @@ class Text(NamedTuple):
     features: torch.Tensor    # [B, T, 3 * dim]
     hidden: torch.Tensor      # [B, T, dim] behind the last norm, for `target.logits`
     choice: torch.Tensor      # [B, T] the likeliest next token
-    kv: KV
+    kv: KV | None             # None: not kept
     supervised: torch.Tensor  # [B, T] bool: tokens to learn, written by the target or by the assistant it is to follow
 
 
 class Trees(NamedTuple):
-    """One drafted tree for every root, R per sequence."""
-    reward: torch.Tensor      # [B, R]
-    accepted: torch.Tensor    # [B, R, depth] token ids of the longest accepted sequence, padded with 0
-    length: torch.Tensor      # [B, R] its length, may be 0
+    """One drafted tree for every root, m of each of K groups of neighbours."""
+    reward: torch.Tensor      # [B, K, m]
+    accepted: torch.Tensor    # [B, K, m, depth] token ids of the longest accepted sequence, padded with 0
+    length: torch.Tensor      # [B, K, m] its length, may be 0
 
 
 @torch.no_grad()
-def target_forward(target, tokens, supervised=None):
-    """tokens, supervised [B, T] (None: all) -> Text."""
+def target_forward(target, tokens):
+    """tokens [B, T] -> Text, of which all tokens are to be learnt."""
     hidden, features, keys, values = target(tokens)
-    supervised = torch.ones_like(tokens, dtype=torch.bool) if supervised is None else supervised
     kv = KV([k.contiguous() for k in keys], [v.contiguous() for v in values])         # not views of wider projections
     choice = torch.stack([target.logits(row).argmax(-1) for row in hidden])           # not the logits of all at once
-    return Text(tokens, features, hidden, choice, kv, supervised)
+    return Text(tokens, features, hidden, choice, kv, torch.ones_like(tokens, dtype=torch.bool))
 
 
 def sample_groups(supervised, groups, size, depth, generator):
     """Root slots of K non-overlapping groups of m adjacent positions of each text, supervised [B, T] on the CPU.
 
     A root slot r has its root token at r + 1: it and the next are supervised, and `depth` more tokens follow. Returns
-    roots [B, K * m] and valid [B, K] bool, False for what fills up a text with room for fewer groups."""
+    roots [B, K, m] and valid [B, K] bool, False for what fills up a text with room for fewer groups."""
     roots = torch.zeros(len(supervised), groups, size, dtype=torch.long)
     valid = torch.zeros(len(supervised), groups, dtype=torch.bool)
     usable = (supervised[:, 1:-1] & supervised[:, 2:])[:, :max(supervised.shape[1] - 1 - depth, 0)]   # [B, slots]
@@ -53,37 +52,49 @@ def sample_groups(supervised, groups, size, depth, generator):
         chosen = blocks[torch.randperm(len(blocks), generator=generator)[:groups].sort().values]
         roots[b, :len(chosen)] = offset + chosen[:, None] * size + torch.arange(size)
         valid[b, :len(chosen)] = True
-    return roots.flatten(1), valid
+    return roots, valid
 
 
 @torch.no_grad()
-def rollout_trees(target, head, text, roots, shape, aggregator="lse", eta=1.0):
-    """Draft a tree with `head` behind every root and let the target score it. roots [B, R] slots -> Trees."""
-    B, R = roots.shape
-    hidden, kv = head.read(text.features, text.tokens)
-    sequence, slot = torch.arange(B, device=roots.device).repeat_interleave(R), roots.flatten()   # [B * R]
-    length = slot + 1                                                                 # true slots, before the root
-    tree = draft_tree(head, hidden[sequence, slot], text.tokens[sequence, length], Prefix(kv, length, sequence),
-                      shape, temperature=1.0)
-    choice, log_prob = score_inner_nodes(target, tree, Prefix(text.kv, length, sequence))        # [B * R, N]
-    _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [B * R]
+def rollout_trees(target, heads, text, roots, shape, aggregator="lse", eta=1.0):
+    """Let every head draft a tree behind every root, and the target score all of them. roots [B, K, m] slots, of groups
+    of m neighbours -> [Trees] by head."""
+    B, K, m = roots.shape
+    sequence, length = torch.arange(B, device=roots.device).repeat_interleave(K * m), roots.flatten() + 1
+    drafts, kv = [], text.kv or target_forward(target, text.tokens).kv
+    for head in heads:
+        hidden, own_kv = head.read(text.features, text.tokens)                        # true slots, before the root
+        drafts.append(draft_tree(head, hidden[sequence, length - 1], text.tokens[sequence, length],
+                                 Prefix(own_kv, length, sequence), shape, temperature=1.0))
+    tree = Tree(*map(torch.cat, zip(*drafts)))                                        # [H * B * K * m, ...]
+    choice, log_prob = score_inner_nodes(target, tree, Prefix(kv, length[::m], sequence[::m]), neighbours=m)
+    _, _, reward = tree_reward(log_prob, tree.parents, tree.mask, aggregator, eta)    # [H * B * K * m]
     path, num_accepted, _ = accept(tree, choice, shape.depth + 1)
-    rejected = torch.arange(shape.depth, device=roots.device) >= num_accepted[:, None]
-    accepted = tree.tokens.gather(1, path)[:, 1:].masked_fill(rejected, 0)            # [B * R, depth]
-    return Trees(reward.view(B, R), accepted.view(B, R, -1), num_accepted.view(B, R))
+    inside = torch.arange(shape.depth, device=roots.device) < num_accepted[:, None]   # [H * B * K * m, depth]
+    trees = reward, tree.tokens.gather(1, path)[:, 1:] * inside, num_accepted
+    return list(map(Trees, *(x.unflatten(0, (len(heads), *roots.shape)) for x in trees)))
 
 
-def score_inner_nodes(target, tree, prefix, temperature=0.0):
-    """`score_nodes` of a tree, by a target forward over its inner nodes alone, half of them all: how likely a leaf is,
-    its parent says. The choice at a leaf is not to be used."""
-    inner = torch.zeros_like(tree.mask[:, 0]).scatter(1, tree.parents, True)          # [B, N]
-    width, slot = int(inner.sum(1).max()), inner.cumsum(1) - 1                        # slot: where an inner node goes
-    nodes = inner.byte().argsort(dim=1, descending=True, stable=True)[:, :width]      # [B, W], leaves fill it up
-    mask = rows(rows(tree.mask, nodes).mT, nodes).mT                                  # [B, W, W]
-    positions, uniform = prefix.length[:, None] + rows(tree.depth, nodes), torch.rand_like(nodes, dtype=torch.float)
-    hidden, *_ = target(rows(tree.tokens, nodes), positions, mask, prefix, keep_kv=False)
-    choice, log_prob = score_nodes(target.logits(hidden), tree.tokens, rows(slot, tree.parents), temperature, uniform)
-    return rows(choice, slot), log_prob
+def score_inner_nodes(target, tree, prefix, temperature=0.0, neighbours=1):
+    """`score_nodes` of trees, by a target forward over fewer nodes: how likely a leaf is, half of them all, its parent
+    says, and what the trees of a group share is run once. The choice at a leaf is not to be used. A group's trees stand
+    behind as many neighbouring tokens of a text, from `prefix` [G] on, and become one tree: the text is a path in it.
+    tree [H * G * neighbours]: those of H heads one after another."""
+    groups, at, device = [{} for _ in prefix.length], [], tree.tokens.device
+    for b, (tokens, parents) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist())):
+        group, inner = groups[b // neighbours % len(groups)], set(parents)            # {(parent, token): node}
+        at.append([group.setdefault((at[-1][0] if b % neighbours else -1, tokens[0]), len(group))])
+        for i in range(1, len(tokens)):
+            at[b].append(group.setdefault((at[b][parents[i]], tokens[i]), len(group)) if i in inner else 0)
+    nodes = torch.nn.utils.rnn.pad_sequence([torch.tensor(list(group)) for group in groups], batch_first=True)
+    parents, tokens = nodes.clamp(min=0).to(device).unbind(-1)                        # [G, W]
+    mask, uniform = ancestor_mask(parents, tokens.shape[1]), torch.rand(1, tokens.numel(), device=device)
+    hidden, *_ = target(tokens, prefix.length[:, None] + mask.sum(-1) - 1, mask, prefix, keep_kv=False)
+    group = torch.arange(len(at), device=device) // neighbours % len(groups)
+    at = torch.tensor(at, device=device) + group[:, None] * tokens.shape[1]           # [B, N] among all G * W
+    choice, log_prob = score_nodes(target.logits(hidden).flatten(0, 1)[None], tree.tokens.view(1, -1),
+                                   at.gather(1, tree.parents).view(1, -1), temperature, uniform)
+    return choice[0, at], log_prob.view_as(at).index_fill(1, at.new_zeros(1), 0.0)
 
 
 def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
@@ -108,11 +119,11 @@ def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
 
 
 def sequence_log_prob(head, text, roots, trees):
-    """log M(S | prefix) of every root's longest accepted sequence, [B, R]. With gradient, unless under no_grad."""
-    hidden = head.unroll(text.features, text.tokens, roots, trees.accepted[..., :-1])  # [B, R, depth, dim]
+    """log M(S | prefix) of every root's longest accepted sequence, [B, K, m]. With gradient, unless under no_grad."""
+    accepted = trees.accepted.flatten(1, 2)                                           # [B, R, depth], R = K * m
+    hidden = head.unroll(text.features, text.tokens, roots.flatten(1), accepted[..., :-1])    # [B, R, depth, dim]
     log_q = torch.log_softmax(head.logits(hidden).float(), dim=-1)                    # [B, R, depth, V']
-    draft_id = torch.zeros(head.config.vocab_size, dtype=torch.long, device=roots.device)
-    draft_id[head.token_ids] = torch.arange(len(head.token_ids), device=roots.device)
-    log_q = log_q.gather(-1, draft_id[trees.accepted][..., None]).squeeze(-1)         # [B, R, depth]
+    draft_id = (accepted[..., None] == head.token_ids).byte().argmax(-1, keepdim=True)        # [B, R, depth, 1]
+    log_q = log_q.gather(-1, draft_id).view_as(trees.accepted)                        # [B, K, m, depth]
     inside = torch.arange(log_q.shape[-1], device=roots.device) < trees.length[..., None]
     return log_q.masked_fill(~inside, 0.0).sum(-1)

@@ -19,7 +19,7 @@ from gto.verify import Sampling
 from kernels import HAS_TRITON, is_modern
 from kernels.muon import Muon
 
-SAVE_EVERY = 200        # steps: a multiple of the 10 after which a loss that is no number is found
+SAVE_EVERY = 200        # steps: a multiple of config.rollout_steps, and of the 10 that find a loss that is no number
 KEPT_BYTES = 2 << 30    # of what the target makes of the texts: more is computed anew in every step
 
 
@@ -95,11 +95,11 @@ def train_head(stage, config, target, head, texts, out, objective=None, referenc
     L_objective, with a frozen reference head for the objective to compare with."""
     if head.config.own_embedding:
         head.embed.requires_grad_(False)                                              # as a lent one
-    if objective is None:
-        see(target, texts)
+    see(target, texts)
+    kept = {}
 
     def loss_of(part):
-        batch = sample_batch(part, stage, config, target, head, reference, texts)
+        batch = sample_batch(part, stage, config, target, head, reference, texts, kept)
         loss = token_loss(batch.log_q, batch.labels, batch.weight, batch.total)
         if objective is None:
             return loss, {}
@@ -111,7 +111,7 @@ def train_head(stage, config, target, head, texts, out, objective=None, referenc
     train(stage, head, optimizers, loss_of, out, warmup, config.clip, config.accumulate)
 
 
-def sample_batch(part, stage, config, target, head, reference, texts):
+def sample_batch(part, stage, config, target, head, reference, texts, kept):
     """One part of a step: texts drawn for this rank, run through target and head. -> gto.loss.Batch.
 
     All ranks draw the whole step's texts and groups and count what there is to learn, so that the mean of the parts'
@@ -119,6 +119,8 @@ def sample_batch(part, stage, config, target, head, reference, texts):
     what the uninterrupted one would have."""
     device, parts = target.norm.weight.device, config.accumulate * ranks()
     step, index = divmod(part, config.accumulate)
+    if step % config.rollout_steps == 0:
+        kept[index] = []
     generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + step)
     rows = torch.randint(len(texts.tokens), (parts * stage.batch,), generator=generator)
     supervised = texts.supervised[rows]                                               # [parts * B, T]
@@ -129,19 +131,19 @@ def sample_batch(part, stage, config, target, head, reference, texts):
     mine = (index * ranks() + rank()) * stage.batch + torch.arange(stage.batch)
     width = int(supervised[mine].any(0).nonzero().max()) + 1 + config.unroll          # the last to learn, chains' ends
     tokens, learnt = texts.tokens[rows[mine], :width].to(device, torch.long), supervised[mine, :width].to(device)
-    if texts.seen and reference is None:
+    if texts.seen:
         seen = (torch.cat(parts)[:, :width] for parts in zip(*(texts.seen[row] for row in rows[mine])))
         text = Text(tokens, *seen, None, learnt)
     else:
-        text = target_forward(target, tokens, learnt)
+        text = target_forward(target, tokens)._replace(supervised=learnt)
     log_q, labels, weight = unroll_text(config, target, head, text)
     return Batch(config, target, head, reference, text, log_q, labels, weight, total,
-                 roots[mine].to(device), group_weight[mine].to(device))
+                 roots[mine].to(device), group_weight[mine].to(device), kept[index])
 
 
 def see(target, texts):
     """Run the frozen target over all texts and keep what heads learn from, if it fits into memory: they meet each text
-    many times. Not the keys and values, which trees need; not on several ranks, whose target may be spread."""
+    many times. Not the keys and values, which only rollouts need; not on several ranks, whose target may be spread."""
     if texts.seen or ranks() > 1 or texts.tokens.numel() * 4 * target.norm.weight.nbytes > KEPT_BYTES:
         return
     for tokens in tqdm(texts.tokens.long(), "see", unit="text"):
@@ -163,9 +165,9 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
     """Run all optimiser steps, save the model; out/<name>.partial.pt resumes an interrupted run. UserError at a NaN.
 
     loss_of(part) -> (loss, {metric: value}); a step takes the mean over its `accumulate` parts, numbered on through the
-    training, and over the ranks of a torchrun. It must be a pure function of `part`, the rank and the model: then all
-    runs, resumed ones too, are equal bit for bit on a CPU, with the same number of threads; with others, or on a GPU,
-    up to rounding. optimizers: their `lr` is the peak, after `warmup` steps; it falls to 0. clip: gradient norm."""
+    training, and over the ranks of a torchrun. Of `part`, the rank and the model, which it may keep for less than
+    SAVE_EVERY steps, it must be a pure function: then all runs, resumed ones too, are equal bit for bit on a CPU, with
+    as many threads; else up to rounding. optimizers: `lr` is the peak, after `warmup` steps; clip: gradient norm."""
     name, steps, partial, log = stage.name, stage.steps, Path(out) / f"{stage.name}.partial.pt", Path(out) / "log.jsonl"
     start, seconds, recent = 0, 0.0, []
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]

@@ -12,6 +12,7 @@ from gto.bench.ceilings import TargetAsHead, ceilings
 from gto.config import Config
 from gto.engine import Engine
 from gto.evaluate import fixed_text, tau, timed
+from gto.loss import gto_objective
 from gto.model import Prefix
 from gto.rollout import target_forward
 from gto.page import path_log_prob
@@ -19,6 +20,7 @@ from gto.tree import TreeShape, draft_candidates
 from gto.util import UserError, append_log
 from gto.verify import Sampling
 from tests.test_bench import write_run
+from tests.test_loss import CONFIG, batch_of, moved, text_of
 from tests.tiny import tiny_models, tiny_prompts
 
 SHAPE = TreeShape(3, 4, 9)
@@ -107,6 +109,14 @@ def test_differences_are_paired_by_prompt_and_seed():
     assert ablate.over_control(results, "control", "T=0") == ablate.over_control({"keep": [1]}, "keep", "T=0") == ""
 
 
+def test_positive_part_of_the_advantage():
+    target, head = tiny_models(seed=3)
+    batch = batch_of(CONFIG, target, head, moved(head, target), text_of(target))
+    whole, half = [], []
+    gto, positive = gto_objective(batch._replace(kept=whole)), ablate.positive_objective(batch._replace(kept=half))
+    assert whole[4].min() < 0 == half[4].min() and torch.equal(half[4], whole[4].relu()) and gto[0] != positive[0]
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """A folder as train.py --stage draft leaves it, of random models."""
@@ -152,6 +162,11 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
     before, *after = (checkpoint.read(out / file, "head")["model"]["fc.weight"] for file in (
         "draft.pt", "ablate/gto-seed1.pt", "ablate/control-seed1.pt", "ablate/keep-seed1.pt"))
     assert not any(torch.equal(before, weight) for weight in after)
+
+    table, results = ablation("--only steps gto-positive --seeds 1"), ablate.read_results(out / "ablate")
+    assert {name: runs[0]["steps"] for name, runs in results.items() if "-" in name} == dict.fromkeys(
+        ("gto-positive", "control-steps", "control-sharp-steps", "keep-steps"), 2)
+    assert "over control-steps, T=0" in table and len(results["control"]) == 2
 
     for changed, message in (("--steps 3", "gto_steps"), ("--tree 3,3,7", "tree"), ("--only x", "choose from")):
         with pytest.raises(UserError, match=message):

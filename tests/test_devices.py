@@ -29,9 +29,10 @@ from gto.ltd import __main__ as ltd
 from gto.policy import AdaptiveEngine
 from gto.model import Attention, ModelConfig, Target, cast
 from gto.training import Stage, Texts, copy_of, new_head, train_head, train_target, write_texts
-from gto.tree import TreeShape
+from gto.tree import TreeShape, ancestor_mask
 from gto.util import UserError, compute_dtype, start
 from gto.verify import Sampling
+from kernels.acceptance import score_nodes
 from kernels.graphs import Graphs
 from tests.tiny import tiny_models
 
@@ -196,8 +197,8 @@ def test_cycles_may_go_on_behind_the_end():
 # What a run takes ------------------------------------------------------------------------------------------------
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of all live tensors on the meta device, and their peak. A value that is read is `answer`."""
-    answer = live = peak = 0
+    """Counts the bytes of all live tensors on the meta device, and their peak. A value that is read is 0."""
+    live = peak = 0
 
     def __init__(self):
         super().__init__()
@@ -205,7 +206,7 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function is torch.ops.aten._local_scalar_dense.default and arguments[0].device == META:
-            return self.answer
+            return 0
         result = function(*arguments, **(options or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device == META:
@@ -293,16 +294,19 @@ def trace(config, dtype, patch):
     def no_text(side, step, size, length, seed):
         return torch.zeros(size, length + 1, dtype=torch.long)
 
-    def score_inner_nodes(target, tree, prefix):
-        memory.answer = tree.tokens.shape[1]                                          # at most: how many there are
-        result = inner(target, tree, prefix)
-        memory.answer = 0
-        return result
+    def score_inner_nodes(target, tree, prefix, temperature=0.0, neighbours=1):
+        """With half of the nodes inner ones, which is more than there are: how many, the values say."""
+        (B, N), G = tree.tokens.shape, len(prefix.length)
+        nodes = tree.tokens.new_zeros(G, B * N // 2 // G + neighbours)                # [G, W]
+        hidden, *_ = target(nodes, nodes, ancestor_mask(nodes, nodes.shape[1]), prefix, keep_kv=False)
+        _, log_prob = score_nodes(target.logits(hidden).flatten(0, 1)[None], tree.tokens.view(1, -1),
+                                  torch.zeros_like(tree.tokens).view(1, -1), temperature)
+        return tree.tokens, log_prob.view(B, N)
 
     names = "layers", "dim", "heads", "kv_heads", "head_dim", "ffn_dim"
     numbers = ModelConfig(config.vocab_size, **{n: getattr(config, n) for n in names}, max_len=4 * config.length)
     corpus = SimpleNamespace(vocab_size=config.vocab_size, batch=no_text)
-    shape, inner, memory, gpu = TreeShape.parse(config.tree), rollout.score_inner_nodes, Memory(), OnGPU()
+    shape, memory, gpu = TreeShape.parse(config.tree), Memory(), OnGPU()
     for place, name, value in ((gto.training, "train", one_step), (Engine, "complete", one_cycle),
                                (rollout, "score_inner_nodes", score_inner_nodes)):
         patch.setattr(place, name, value)

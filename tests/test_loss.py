@@ -4,15 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from gto.config import Config
 from gto.engine import Engine
 from gto.loss import (Batch, advantages, debias, gto_objective, keep_objective, learnt_positions, ratio, soft_labels,
                       surrogate, token_loss, unroll_text)
 from gto.model import Prefix
-from gto.rollout import rollout_trees, sample_groups, score_inner_nodes, sequence_log_prob, target_forward, tree_reward
+from gto.rollout import (Trees, rollout_trees, sample_groups, score_inner_nodes, sequence_log_prob, target_forward,
+                         tree_reward)
 from gto.training import copy_of
-from gto.tree import TreeShape, draft_tree
+from gto.tree import Tree, TreeShape, draft_tree
+from gto.verify import accept
 from kernels.acceptance import score_nodes
 from tests.test_kernels import random_trees
 from tests.tiny import tiny_models
@@ -31,7 +34,15 @@ def batch_of(config, target, head, reference, text):
                                  torch.Generator().manual_seed(0))
     total = learnt_positions(text.supervised, config.unroll).sum((0, 1))
     unrolled = unroll_text(config, target, head, text)
-    return Batch(config, target, head, reference, text, *unrolled, total, roots, valid / valid.sum())
+    return Batch(config, target, head, reference, text, *unrolled, total, roots, valid / valid.sum(), [])
+
+
+def moved(head, target, by=0.01):
+    """A copy of the head, a little away: far away, the clip stops everything."""
+    reference = copy_of(head, target)
+    for p in reference.parameters():
+        p.data += by * torch.randn_like(p)
+    return reference
 
 
 @pytest.mark.parametrize("draft_vocab", [7, 4])
@@ -88,10 +99,7 @@ def test_surrogate_stops_at_the_clip():
 
 def test_gradient_only_through_the_students_ratio():
     target, head = tiny_models(seed=3)
-    reference = copy_of(head, target)
-    for p in reference.parameters():                               # a little away: far away, the clip stops everything
-        p.data += 0.01 * torch.randn_like(p)
-    text = text_of(target)
+    reference, text = moved(head, target), text_of(target)
     loss, metrics = gto_objective(batch_of(CONFIG, target, head, reference, text))
     loss.backward()
     assert sum(p.grad.abs().sum() for p in head.parameters() if p.grad is not None) > 0
@@ -117,22 +125,22 @@ def test_rollouts_draft_and_score_what_decoding_would():
     """Trees that share their sequence's cache, against an engine that decodes each prefix by itself."""
     target, head = tiny_models(seed=5)
     text, shape = text_of(target, rows=2, length=20), TreeShape(3, 3, 10)
-    roots = torch.tensor([[0, 4, 9], [2, 3, 15]])
-    trees = rollout_trees(target, head, text, roots, shape)
+    roots = torch.tensor([[0, 4, 9], [2, 3, 15]])[..., None]       # groups of one
+    trees, = rollout_trees(target, [head], text, roots, shape)
     log_q = sequence_log_prob(head, text, roots, trees)
     seen = 0
     for b in range(2):
         for r in range(3):
-            prefix = text.tokens[b, :roots[b, r] + 1].tolist()     # the root token follows
+            prefix = text.tokens[b, :roots[b, r, 0] + 1].tolist()  # the root token follows
             engine = Engine(target, head, shape, score_temp=1.0)
             engine.prefill([prefix])
-            engine.emitted[0, 0] = text.tokens[b, roots[b, r] + 1]
+            engine.emitted[0, 0] = text.tokens[b, roots[b, r, 0] + 1]
             tree = engine.draft()
             engine.verify(tree)
             n = int(engine.num_accepted)
             assert trees.length[b, r] == n
             accepted = engine.emitted[0, :n].tolist()
-            assert trees.accepted[b, r].tolist() == accepted + [0] * (shape.depth - n)
+            assert trees.accepted[b, r, 0].tolist() == accepted + [0] * (shape.depth - n)
             scores = {tuple(tree.tokens[0, tree.mask[0, i]].tolist()[1:]): tree.scores[0, i].item() for i in range(11)}
             assert log_q[b, r].item() == pytest.approx(scores[tuple(accepted)], abs=1e-3)
             seen += n
@@ -140,19 +148,69 @@ def test_rollouts_draft_and_score_what_decoding_would():
 
 
 @torch.no_grad()
-def test_leaves_need_no_forward():
-    """The target's forward over the inner nodes of trees says what one over all nodes does."""
-    target, head = tiny_models(seed=8)
-    text, rows, length = text_of(target), torch.tensor([0, 1, 1]), torch.tensor([3, 9, 15])
+def plain_tree(target, head, text, row, root, shape):
+    """One tree, by itself, and what the target makes of all its nodes. -> tree, its prefix, choice, log_prob."""
     hidden, kv = head.read(text.features, text.tokens)
-    tree = draft_tree(head, hidden[rows, length - 1], text.tokens[rows, length], Prefix(kv, length, rows),
-                      TreeShape(3, 4, 12), 1.0)
-    choice, log_prob = score_inner_nodes(target, tree, Prefix(text.kv, length, rows))
-    hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, Prefix(text.kv, length, rows))
-    expected, expected_log_prob = score_nodes(target.logits(hidden), tree.tokens, tree.parents)
-    torch.testing.assert_close(log_prob, expected_log_prob)
-    inner = torch.zeros_like(choice).scatter(1, tree.parents, 1).bool()
-    assert torch.equal(choice[inner], expected[inner]) and len(set(inner.sum(1).tolist())) > 1
+    length, row = torch.tensor([root + 1]), torch.tensor([row])
+    tree = draft_tree(head, hidden[row, length - 1], text.tokens[row, length], Prefix(kv, length, row), shape, 1.0)
+    prefix = Prefix(text.kv, length, row)
+    hidden, *_ = target(tree.tokens, length[:, None] + tree.depth, tree.mask, prefix)
+    return tree, prefix, *score_nodes(target.logits(hidden), tree.tokens, tree.parents)
+
+
+def test_merged_trees_are_scored_as_each_by_itself(monkeypatch):
+    """Over inner nodes alone, which neighbours and two heads have in common."""
+    target, head = tiny_models(seed=8)
+    text, shape = text_of(target), TreeShape(3, 4, 12)
+    text.tokens[1, 10:12] = text.choice[1, 9:11]                   # trees find the text: not a consistent one
+    text = target_forward(target, text.tokens)
+    places = [(0, 3), (0, 4), (0, 5), (1, 9), (1, 10), (1, 11)]    # row, root slot
+    plain = [plain_tree(target, each, text, *place, shape) for each in (head, moved(head, target)) for place in places]
+    tree, prefix, choice, log_prob = zip(*plain)
+    tree, choice, log_prob = Tree(*map(torch.cat, zip(*tree))), torch.cat(choice), torch.cat(log_prob)
+    length, row = (torch.cat(x) for x in list(zip(*prefix))[1:])
+    inner, nodes, forward = torch.zeros_like(choice).scatter(1, tree.parents, 1).bool(), [], target.forward
+    monkeypatch.setattr(target, "forward", lambda *x, **y: nodes.append(x[0].numel()) or forward(*x, **y))
+    for prefix, m in (Prefix(text.kv, length, row), 1), (Prefix(text.kv, length[:6:3], row[:6:3]), 3):
+        found, found_log_prob = score_inner_nodes(target, tree, prefix, neighbours=m)
+        torch.testing.assert_close(found_log_prob, log_prob)
+        assert torch.equal(found[inner], choice[inner])
+    assert nodes[1] < nodes[0] < choice.numel() and len(set(inner.sum(1).tolist())) > 1
+
+
+def test_gradient_of_a_rollout_equals_plain_trees():
+    """Eq. 3-12 with every tree drafted and scored by itself; a second step learns from the same trees."""
+    target, head = tiny_models(seed=3)
+    text, shape, reference = text_of(target), TreeShape.parse(CONFIG.tree), moved(head, target)
+    batch = batch_of(CONFIG, target, head, reference, text)
+    found = []
+    for _ in range(2):
+        loss, metrics = gto_objective(batch)
+        found.append((loss, *torch.autograd.grad(loss, list(head.parameters()), allow_unused=True)))
+    gains, ratios, lengths = [], [], []
+    for b, row in enumerate(batch.roots.flatten(1).tolist()):
+        for root in row:
+            rewards = []
+            for each in (reference, head):
+                tree, _, choice, log_prob = plain_tree(target, each, text, b, root, shape)
+                rewards.append(tree_reward(log_prob, tree.parents, tree.mask)[2])
+            path, length, _ = accept(tree, choice, shape.depth + 1)
+            tokens = tree.tokens[0, path[0, 1:length + 1]]
+            chain = F.pad(tokens, (0, shape.depth - len(tokens)))[None, None, None]
+            alone = SimpleNamespace(features=text.features[b:b + 1], tokens=text.tokens[b:b + 1])
+            found_tree = Trees(None, chain, length[None, None])
+            log_q, log_q0 = (sequence_log_prob(each, alone, torch.tensor([[[root]]]), found_tree)
+                             for each in (head, reference))
+            gains.append(debias(rewards[1], rewards[0])), lengths.append(length)
+            ratios.append(ratio(log_q, log_q0.detach(), length).flatten())
+    K, m = CONFIG.groups, CONFIG.group_size
+    advantage = advantages(torch.cat(gains).view(2, K, m), CONFIG.delta)
+    loss = surrogate(torch.cat(ratios).view(2, K, m), advantage, CONFIG.eps)
+    expected = (loss, *torch.autograd.grad(loss, list(head.parameters()), allow_unused=True))
+    for step in found:
+        for x, y in zip(step, expected, strict=True):
+            assert (x is None) == (y is None) and (x is None or torch.allclose(x, y, atol=1e-5))
+    assert metrics["accepted"] == torch.cat(lengths).float().mean() > 0 and expected[1].abs().max() > 1e-3
 
 
 def test_groups_are_adjacent_and_do_not_overlap():
@@ -163,7 +221,7 @@ def test_groups_are_adjacent_and_do_not_overlap():
         roots, valid = sample_groups(supervised, 6, 8, 5, torch.Generator().manual_seed(seed))
         assert valid.sum(1).tolist()[::2] == [6, 0] and valid[1].sum() >= 4
         for b in range(2):
-            slots = roots[b].view(6, 8)[valid[b]]
+            slots = roots[b, valid[b]]
             assert (slots.diff(dim=1) == 1).all() and slots.flatten().unique().numel() == slots.numel()
             assert slots.min() >= 0 and slots.max() + 1 + 5 < 100
             assert supervised[b, slots + 1].all() and supervised[b, slots + 2].all()

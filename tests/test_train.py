@@ -14,17 +14,18 @@ import gto.training
 import prepare_data
 import train as train_py
 from gto.checkpoint import read, seconds_of
+from gto.config import Config
+from gto.loss import gto_objective
 from gto.model import ModelConfig
-from gto.training import Stage, train
+from gto.training import Stage, Texts, copy_of, train, train_head
 from gto.util import UserError, main_guard
 from kernels.muon import orthogonalize
-from tests.tiny import run_here
+from tests.tiny import run_here, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--layers 2 --dim 32 --heads 2 --kv-heads 1 --head-dim 16 --ffn-dim 32 --head-ffn-dim 32 --length 64 --texts 64"
-        " --target-steps 30 --target-batch 8 --head-steps 12 --gto-steps 2 --seeds 1 --tree 3,3,8 --groups 4"
-        " --group-size 4"
-        " --eval-prompts 4 --eval-tokens 8 --vocab-size 320 --draft-vocab-size 200").split()
+        " --target-steps 30 --target-batch 8 --head-steps 12 --gto-steps 6 --rollout-steps 2 --seeds 1 --tree 3,3,8"
+        " --groups 4 --group-size 4 --eval-prompts 4 --eval-tokens 8 --vocab-size 320 --draft-vocab-size 200").split()
 
 
 def run(*arguments, cwd):
@@ -102,6 +103,32 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch, step, happens
     assert same(run_of_25(tmp_path / "b"), expected)
 
 
+def test_resumed_rollouts_equal_uninterrupted_ones(tmp_path, monkeypatch):
+    """Phase II, two parts a step, whose trees serve two steps: stopped between and within rollouts."""
+    monkeypatch.setattr(gto.training, "SAVE_EVERY", 2)
+    target, head = tiny_models(seed=5)
+    config = Config(tree="3,3,8", groups=2, group_size=4, unroll=2, rollout_steps=2, accumulate=2, head_muon_lr=0.0)
+    texts, rollouts = torch.randint(29, (9, 24), generator=torch.Generator().manual_seed(0)), []
+
+    def phase_two(out, last=99):
+        def objective(batch):
+            rollouts.append(not batch.kept)
+            return (gto_objective if len(rollouts) <= last else stop)(batch)
+
+        rollouts.clear()
+        student = copy_of(head, target)
+        train_head(Stage("gto", 5, 2), config, target, student, Texts(texts, texts >= 0, []), out, objective, head)
+        return student.state_dict()
+
+    expected, new = phase_two(tmp_path / "a"), [True, True, False, False]
+    assert rollouts == [*new, *new, True, True]
+    for stopped, last in enumerate((5, 7), 1):                     # in the third step's second part, the fourth's
+        with pytest.raises(KeyboardInterrupt):
+            phase_two(tmp_path / "b", last - 4 * (stopped - 1))
+    assert same(phase_two(tmp_path / "b"), expected) and rollouts == [*new, True, True]
+    assert not any(torch.equal(expected[name], x) for name, x in head.state_dict().items() if "weight" in name)
+
+
 # Two ranks, which part when what takes seconds to import is there; the first one tells how the second one ends.
 RANKS = """import torch._dynamo                              # which optimizers import
 from torch import distributed
@@ -164,7 +191,7 @@ def test_one_run_from_nothing(trained):
     folder, printed = trained
     assert {p.name for p in (folder / "out/x").iterdir()} == {
         "config.json", "log.jsonl", "target.pt", "text.pt", "draft.pt", "gto.pt", "control.pt", "table.md",
-        "results.json", "report.html", "tokenizer.model", "meta.json", "prompts.jsonl"}
+        "results.json", "report.html", "tokenizer.model", "meta.json", "prompts.jsonl", "costs.json"}
     assert "Greedy output equal to plain greedy decoding: 4 of 4 texts" in printed
     results = json.loads((folder / "out/x/results.json").read_text())
     rows = {(row["T"], row["method"]): row for row in results["rows"]}
@@ -191,7 +218,7 @@ KILLING = """import os, random, signal, sys, time
 import gto.training, torch._dynamo, train                      # what optimizers import: once, instead of in every child
 from gto.util import main_guard
 kills, longest, *sys.argv[1:] = sys.argv[1:]
-gto.training.SAVE_EVERY, seconds_of, randomness, runs = 3, train.seconds_of, random.Random(0), 0
+gto.training.SAVE_EVERY, seconds_of, randomness, runs = 4, train.seconds_of, random.Random(0), 0
 train.seconds_of = lambda out, name: seconds_of("out/x", name)     # of which the control takes its number of steps
 left = int(kills)
 while left:

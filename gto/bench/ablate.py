@@ -3,8 +3,9 @@
     python -m gto.bench.ablate                          the head in out, everything
     python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
 
-GTO trains for `steps` steps, what drafts no trees as long as that took. Finished runs are lines of results.jsonl, not
-run again; table.md shows all. Heads draft along the same texts, each at the score temperature best on other prompts."""
+GTO trains for `steps` steps; what drafts no trees as long as that took, or, named NAME-steps, as many steps on the same
+texts. Finished runs are lines of results.jsonl, not run again; table.md shows all. Heads draft along the same texts,
+each at the score temperature best on other prompts."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,11 @@ from statistics import mean
 
 import torch
 
-from gto import checkpoint
+from gto import checkpoint, loss
 from gto.bench.ceilings import ceilings
 from gto.config import check
 from gto.data import PROMPT, read_prompts
 from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, tau
-from gto.loss import OBJECTIVES
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape
 from gto.util import UserError, append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
@@ -26,12 +26,25 @@ TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
 KEEP = {"objective": "keep", "omega": 3.0}
 
+
+def positive_objective(batch):
+    """GTO that pushes no accepted sequence down: only the positive part of the advantage."""
+    if not batch.kept:
+        *others, advantage, metrics = loss.rollout(batch)
+        batch.kept.extend((*others, advantage.clamp(min=0), metrics))
+    return loss.gto_objective(batch)
+
+
+OBJECTIVES = loss.OBJECTIVES | {"positive": positive_objective}
+
 # {table: {run: what differs from out/config.json}}. A control continues phase I: the token-level loss alone.
 TABLES = {
     "ceilings": {},
     "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
-                   "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
-    "groups": {f"m={m}": {"group_size": m, "groups": 128 // m} for m in (1, 4, 16, 32)},
+                   "gto-sharp": SHARP, "gto-positive": {"objective": "positive"}, "keep": KEEP,
+                   "keep-sharp": KEEP | SHARP},
+    "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP},
+    "groups": {f"m={m}": {"group_size": m, "groups": 32 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
     "others": {"no-debias": {"debias": False}, "omega=0.1": {"omega": 0.1}, "omega=2": {"omega": 2.0}}}
 RECIPES = {name: changes for recipes in TABLES.values() for name, changes in recipes.items()}
@@ -74,7 +87,8 @@ class Ablation:
             return head, checkpoint.seconds_of(self.folder, stage.name)
 
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
-        if objective is not OBJECTIVES["gto"]:    # its trees are dear: others take more sequences a step, more steps
+        trees = objective in (loss.gto_objective, positive_objective)
+        if not trees and not name.endswith("-steps"):     # trees are dear: others take more texts a step, more steps
             stage = stage._replace(batch=config.head_batch)
             pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
             stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
@@ -98,8 +112,9 @@ class Ablation:
             rows.append({"run": name, "seeds": len(runs), "steps": mean(run["steps"] for run in runs),
                          "seconds": f"{mean(run['seconds'] for run in runs):.0f}"})
             for T in ("T=0", "T=1"):
-                rows[-1] |= {f"tau, {T}": mean(mean(run[T]["tau"]) for run in runs),
-                             f"over control, {T}": over_control(results, name, T)}
+                rows[-1][f"tau, {T}"] = mean(mean(run[T]["tau"]) for run in runs)
+                rows[-1] |= {f"over {each}, {T}": over_control(results, name, T, each)
+                             for each in ("control", "control-steps") if each in results}
         limits = [results["draft"][0][T]["ceilings"] for T in ("T=0", "T=1")]
         text = ("Phase I's tau and ceilings, on the prompts that choose score temperatures; by rank of candidates"
                 f" what their scores promise / what is accepted.\n\n{table(limits)}\n\ntau with tree {self.shape};"
@@ -116,11 +131,11 @@ def read_results(folder):
     return results
 
 
-def over_control(results, name, T):
+def over_control(results, name, T, control="control"):
     """'+0.031 ± 0.020': tau less control's, paired by prompt and seed; '' if there is none to compare with. Standard
     errors over prompts and over seeds are added as if independent, which is rather too wide."""
-    pairs = list(zip(results[name], results.get("control", ())))
-    if name == "control" or not pairs:
+    pairs = list(zip(results[name], results.get(control, ())))
+    if name == control or not pairs:
         return ""
     gains = torch.tensor([a[T]["tau"] for a, _ in pairs]) - torch.tensor([b[T]["tau"] for _, b in pairs])
     samples = (gains.mean(0), gains.mean(1)) if len(gains) > 1 else gains             # of [seeds, prompts]
