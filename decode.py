@@ -21,23 +21,19 @@ from gto.checkpoint import load_head, load_run
 from gto.engine import Engine
 from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
-from gto.policy import AdaptiveEngine, choose_policy
+from gto.policy import make_engine
 from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, at_least, main_guard, rank, start
+from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, rank, start
 from gto.verify import Sampling
 
 
 def parse_arguments():
-    parser = argument_parser("python decode.py", __doc__, "--device", "--dtype")
+    parser = argument_parser("python decode.py", __doc__, *FLAGS)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--method", choices=("ar", "draft", "control", "gto"), default="gto",
                         help="ar: plain decoding; else the head train.py left under this name (default: gto)")
-    parser.add_argument("--out-dir", help="where train.py left them (default: out, or out/<target>)")
-    parser.add_argument("--target", help="a target checkpoint, smollm2, a GGUF file, or a folder as downloaded")
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
-    parser.add_argument("--tokenizer", help="default: the target's folder")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a question to a chat model")
     parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: as --policy decides")
     parser.add_argument("--policy", choices=("rule", "ltd"),
                         help="decides on the tree, in every cycle (default: what gto.ltd found faster, else the rule)")
@@ -45,10 +41,8 @@ def parse_arguments():
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
     parser.add_argument("--top-k", type=at_least(0), default=0)
     parser.add_argument("--top-p", type=at_least(0, float), default=1.0)
-    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--compare", action="store_true", help="decode plainly too, and compare")
     parser.add_argument("--show-tree", action="store_true", help="draw the draft tree of the first cycle")
-    parser.add_argument("--report", metavar="FILE.html", help="write a page that steps through the decode")
     parser.add_argument("--json", action="store_true", help="all results as one JSON object on the last line")
     arguments = parser.parse_args()
     if arguments.method == "ar" and (arguments.policy or arguments.compare or arguments.show_tree or arguments.report):
@@ -59,8 +53,7 @@ def parse_arguments():
 
 
 def decode(engine, encoding, prompt, max_new_tokens, stop, show):
-    """Print `show`, once the prompt has proved to be fit, and behind it what is written. -> Decoded; the number of
-    tokens that each cycle emitted."""
+    """Print `show`, once the prompt is known to fit, and what is written. -> Decoded; how many tokens, by cycle."""
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     decoder, tokens, cycles = StreamDecoder(encoding), [], []
     for (new,) in engine.generate([prompt], max_new_tokens, stop):
@@ -85,11 +78,7 @@ def main():
     head = load_head(head_path, target, target.norm.weight.dtype) if arguments.method != "ar" else None
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
-    if arguments.tree or not head:
-        engine = Engine(target, head, arguments.tree, sampling, capacity=capacity)
-    else:
-        policy = choose_policy(arguments.policy, head_path, out, target, head)
-        engine = AdaptiveEngine(target, head, policy, sampling, capacity)
+    engine = make_engine(target, head, arguments.tree or arguments.policy, head_path, out, sampling, capacity)
     torch.manual_seed(arguments.seed)
     decoded, cycles = decode(engine, encoding, prompt, n, stop, show="" if arguments.chat else arguments.prompt)
     result = {"text": encoding.decode(decoded.tokens), "token_ids": decoded.tokens, "acceptance_lengths": cycles,

@@ -1,6 +1,5 @@
-"""A run's folder: its numbers are written once, what is finished is there whole and not made again. And the doors to
-targets, heads and tokenizers, ours or released ones (gto/released is imported only when it is asked for one).
-Under torchrun all ranks call these functions together; rank 0 writes."""
+"""A run's folder, where what is finished is there whole and not made again; the doors to targets, heads and tokenizers,
+ours or released ones (by gto/released). Under torchrun all ranks call these functions together; rank 0 writes."""
 import io
 import json
 from dataclasses import asdict
@@ -76,8 +75,8 @@ def load_texts(path, target):
 
 def load_encoding(source):
     """The tokenizer of a data directory or run, of a released model (its folder, a file *.json, *.model or *.gguf,
-    "smollm2"), or one that tiktoken downloads by name ("gpt2"). Encode what a user wrote with `encode_ordinary`, which
-    reads special tokens as plain text, and a rendered chat template with `encode(text, allowed_special="all")`."""
+    "smollm2"), or one that tiktoken downloads by name ("gpt2"). Encode what a user wrote by `encode_ordinary`: special
+    tokens are plain text; a rendered chat template by `encode(text, allowed_special="all")`."""
     folder = Path(source).parent if Path(source).suffix in (".pt", ".model") else Path(source)
     meta, path = read_own_meta(folder), folder / "tokenizer.model"
     if meta and (ranks := read_ranks(path)):                      # written by prepare_data.py or train.py

@@ -1,9 +1,8 @@
 """How good a head is: its acceptance length tau, its speed, and the table at the end of a run.
 
 tau is measured along texts that the target has written before: a cycle drafts at the current root, accepts the path
-that the text goes, and moves on. At T=0 this is what decoding does. At T>0 it is so in distribution: the target's draws
-may be made in advance, one per position instead of one per node, as verification meets at most one node of a position.
-All heads meet the same text, and no target forward is needed. Speed is measured by decoding, see `speeds`."""
+that the text goes, and moves on. This is what decoding does, at T>0 in distribution: the target's draws may be made in
+advance, one per position, as verification meets at most one node of a position. All heads meet the same text."""
 import json
 import time
 from typing import NamedTuple
@@ -48,10 +47,10 @@ def fixed_text(target, prompts, new_tokens, temperature, ahead, stop=(), seed=0)
     return FixedText(target_forward(target, tokens), *torch.tensor([start, end], device=engine.device))
 
 
-def accepted_path(fixed, rows, length, tree):
-    """What these texts accept of a tree behind their token at `length`: nodes [n, N], padded with 0; how many [n]."""
-    says = (length[:, None] + tree.depth + 1).clamp(max=fixed.text.tokens.shape[1] - 1)   # a leaf's is not looked at
-    return accept(tree, fixed.text.tokens[rows[:, None], says], tree.tokens.shape[1])[:2]
+def accepted_path(tree, text, at):
+    """What texts [n, T] accept of a tree behind their token at [n, 1]: nodes [n, N], padded with 0; how many [n]."""
+    says = (at + tree.depth + 1).clamp(max=text.shape[1] - 1)                         # [n, N] a leaf's is not looked at
+    return accept(tree, text.gather(1, says), tree.tokens.shape[1])[:2]
 
 
 @torch.no_grad()
@@ -60,7 +59,8 @@ def replay_text(fixed, draft):
     Returns tau [B]: tokens emitted per cycle, the target's own one counted."""
     length, cycles = fixed.start.clone(), torch.zeros_like(fixed.start)
     while len(rows := (length < fixed.end).nonzero().squeeze(1)):
-        length[rows] += accepted_path(fixed, rows, length[rows], draft(rows, length[rows]))[1] + 1
+        tree = draft(rows, length[rows])
+        length[rows] += accepted_path(tree, fixed.text.tokens[rows], length[rows, None])[1] + 1
         cycles[rows] += 1
     return (length - fixed.start) / cycles.clamp(min=1)
 
@@ -83,44 +83,30 @@ def best_score_temp(head, fixed, shape, temperatures):
     return max(temperatures, key=lambda s: tau(head, fixed, shape, s).mean().item())
 
 
-def tau_and_misalignment(head, fixed, shape, score_temp):
-    """Acceptance length [B], and the paper's diagnosis: the shares of cycles in which its greedy path, as deep as
-    the tree, is not in the tree as a whole, and in which the tree is accepted just as far as that path alone. And the
-    shares in which it is accepted to each depth, [depth]."""
-    draft, chain, cycles = drafting(head, fixed, shape, score_temp), TreeShape(1, shape.depth, shape.depth), []
+def diagnosis(head, fixed, shape, score_temp, bins=10):
+    """Acceptance length [B]; the paper's diagnosis: the shares of cycles in which the greedy path, as deep as the tree,
+    is not in the tree as a whole, and in which the tree is accepted just as far as that path alone; the shares in which
+    it is accepted to each depth, [depth]; calibration: [(mean probability of a node's path by the head, share of such
+    nodes accepted)] by tenths of the former."""
+    draft, chain = drafting(head, fixed, shape, score_temp), TreeShape(1, shape.depth, shape.depth)
+    cycles, nodes = [], []
 
     def tree_and_path(rows, length):
         tree, path = draft(rows, length), draft(rows, length, chain)
-        (_, accepted), (_, alone) = (accepted_path(fixed, rows, length, drafted) for drafted in (tree, path))
+        (chosen, accepted), (_, alone) = (
+            accepted_path(drafted, fixed.text.tokens[rows], length[:, None]) for drafted in (tree, path))
+        kept_of_path = accepted_path(tree, path.tokens, 0)[1]
         reached = accepted[:, None] > torch.arange(shape.depth, device=accepted.device)             # [n, depth]
-        cycles.append((greedy_depth(tree, path) < shape.depth, accepted == alone, reached))
+        cycles.append((kept_of_path < shape.depth, accepted == alone, reached))
+        kept = torch.zeros_like(tree.scores).scatter(1, chosen, 1.0)                                # [n, N]
+        nodes.append(torch.stack([tree.scores.exp(), kept])[:, :, 1:].flatten(1))
         return tree
 
     lengths = replay_text(fixed, tree_and_path)
-    return lengths, *(torch.cat(shares).float().mean(0).tolist() for shares in zip(*cycles))
-
-
-def calibration(head, fixed, shape, score_temp, bins=10):
-    """-> [(mean probability of a node's path by the head, share of such nodes accepted)] by tenths of the former."""
-    draft, promised, kept = drafting(head, fixed, shape, score_temp), [], []
-
-    def watched(rows, length):
-        tree = draft(rows, length)
-        path, _ = accepted_path(fixed, rows, length, tree)
-        promised.append(tree.scores[:, 1:].exp().flatten())
-        kept.append(torch.zeros_like(tree.scores).scatter(1, path, 1.0)[:, 1:].flatten())
-        return tree
-
-    replay_text(fixed, watched)
-    promised, kept = torch.cat(promised), torch.cat(kept)
+    promised, kept = torch.cat(nodes, dim=1)
     tenth = (promised * bins).long().clamp(max=bins - 1)
-    return [(promised[tenth == i].mean().item(), kept[tenth == i].mean().item()) for i in tenth.unique()]
-
-
-def greedy_depth(tree, path):
-    """How deep the greedy path, the Tree of a chain, still is in the tree, [B]: what is accepted if it is chosen."""
-    below = (tree.depth + 1).clamp(max=path.tokens.shape[1] - 1)                      # [B, N] a leaf's is not looked at
-    return accept(tree, path.tokens.gather(1, below), tree.tokens.shape[1])[1]
+    return (lengths, *(torch.cat(shares).float().mean(0).tolist() for shares in zip(*cycles)),
+            [(promised[tenth == i].mean().item(), kept[tenth == i].mean().item()) for i in tenth.unique()])
 
 
 class Decoded(NamedTuple):
@@ -165,9 +151,9 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
 
 def compare_tau(config, target, heads, prompts, others, stop):
     """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with the score temperature that
-    the `others` choose. -> what results.json holds of it, rows by (T, name); {(T, name): [seeds, prompts]}."""
+    the `others` choose. -> rows by (T, name); taus by (T, name), [seeds, prompts]; what results.json holds besides."""
     shape, new_tokens, rows, taus = TreeShape.parse(config.tree), config.eval_tokens, {}, {}
-    results = {"rows": rows, "prompts": len(prompts), "by_depth": {}, "calibration": {}}
+    results = {"prompts": len(prompts), "by_depth": {}, "calibration": {}}
     for T, temperatures in SCORE_TEMPS.items():
         test = fixed_text(target, prompts, new_tokens, T, shape.depth, stop)
         tune = fixed_text(target, others, new_tokens // 2, T, shape.depth, stop, seed=1)
@@ -175,14 +161,14 @@ def compare_tau(config, target, heads, prompts, others, stop):
         depths = results["by_depth"][f"{T:g}"] = {}
         for name, trained in tqdm(heads.items(), desc=f"tau, T={T:g}", unit="method"):
             best = [best_score_temp(head, tune, shape, temperatures) for head in trained]
-            found, *shares = zip(*(tau_and_misalignment(head, test, shape, s) for head, s in zip(trained, best)))
+            found, *shares, _ = zip(*(diagnosis(head, test, shape, s) for head, s in zip(trained, best)))
             taus[T, name] = torch.stack(found)                                        # [seeds, prompts]
             mean, error = paired(taus[T, name].mean(0), 0.0)
             pruned, matched, depths[name] = (torch.tensor(share).mean(0).tolist() for share in shares)
             rows[T, name] = {"T": f"{T:g}", "method": name, "tau": mean, "±": error,
                              "by seed": [round(tau, 3) for tau in taus[T, name].mean(1).tolist()], "score temp.": best,
                              "path pruned": f"{pruned:.0%}", "accepted = path's": f"{matched:.0%}"}
-        results["calibration"][f"{T:g}"] = {s: calibration(heads["gto"][0], tune, shape, s) for s in temperatures}
+        results["calibration"][f"{T:g}"] = {s: diagnosis(heads["gto"][0], tune, shape, s)[-1] for s in temperatures}
         if T == 0:                                                                    # is speculation lossless?
             plain = [row[len(prompt):][:new_tokens] for row, prompt in zip(test.text.tokens.tolist(), prompts)]
             room = max(map(len, prompts)) + new_tokens
@@ -190,35 +176,33 @@ def compare_tau(config, target, heads, prompts, others, stop):
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
             results["greedy_equal"] = sum(map(list.__eq__, written, plain))
             results["distinct_tokens"] = sum(len(set(row)) for row in plain) / len(plain)
-    return results, taus
+    return rows, taus, results
 
 
-def compare_speed(target, heads, prompts, new_tokens, stop, costs):
-    """Tokens a second as decode.py drafts by default, by the rule, and over plain decoding. -> {(T, name): columns of
-    its row}. costs: of gto.policy."""
-    room, columns = max(map(len, prompts)) + new_tokens + 16, {}
+def compare_speed(target, heads, out, prompts, new_tokens, stop, rows):
+    """Add to the rows: tokens a second by the rule, over those of plain decoding; seconds of training."""
+    room, costs = max(map(len, prompts)) + new_tokens + 16, costs_here(out, target, heads["gto"][0])
     for T in SCORE_TEMPS:
-        engines = {"ar": Engine(target, None, sampling=Sampling(T), capacity=room)} | {
-            name: AdaptiveEngine(target, trained[0], Rule(costs), Sampling(T), room)
-            for name, trained in heads.items()}
+        engines = {"ar": Engine(target, None, sampling=Sampling(T), capacity=room)}
+        for name, (head, *_) in heads.items():
+            engines[name] = AdaptiveEngine(target, head, Rule(costs), Sampling(T), room)
         decoded = speeds(engines, prompts, new_tokens, stop, desc=f"speed, T={T:g}")
         rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
-        columns |= {(T, name): {"tokens/s": round(rate.median().item()),
-                                "speed-up": round((rate / rates["ar"]).median().item(), 2)}
-                    for name, rate in rates.items()}
-    return columns
+        for name, rate in rates.items():
+            rows[T, name] |= {"tokens/s": round(rate.median().item()),
+                              "speed-up": round((rate / rates["ar"]).median().item(), 2)}
+            if name != "ar":
+                rows[T, name]["training, s"] = round(seconds_of(out, name))
 
 
 def report(config, target, heads, out, prompts, encoding, stop=()):
     """The comparison at the end of a run; prompts: lists of ids, every fifth chooses score temperatures; stop: tokens
     that end an answer. -> Markdown, also in out/table.md, and beside it results.json and the page report.html."""
     others, prompts, new_tokens = prompts[::5], [p for i, p in enumerate(prompts) if i % 5], config.eval_tokens
-    results, taus = compare_tau(config, target, heads, prompts, others, stop)
+    rows, taus, results = compare_tau(config, target, heads, prompts, others, stop)
     one_thread_if_small(target)
-    costs = costs_here(out, target, heads["gto"][0])
-    for (T, name), columns in compare_speed(target, heads, prompts[:TIMED], new_tokens, stop, costs).items():
-        results["rows"][T, name] |= columns | ({} if name == "ar" else {"training, s": round(seconds_of(out, name))})
-    rows = list(results["rows"].values())
+    compare_speed(target, heads, out, prompts[:TIMED], new_tokens, stop, rows)
+    rows = list(rows.values())
     differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
                    for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
     gains = " and ".join(T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error)

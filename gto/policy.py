@@ -257,11 +257,14 @@ def policy_path(head_path):
     return Path(head_path).with_name(f"policy-{Path(head_path).name}")
 
 
-def choose_policy(name, head_path, out, target, head):
-    """The learned policy of a head if asked for, or if gto.ltd has found it faster than the rule; else the rule."""
-    if name == "ltd" or not name and policy_path(head_path).exists():
+def make_engine(target, head, way, head_path, out, sampling, capacity):
+    """way: a TreeShape for every cycle, or the policy "rule" or "ltd"; None: the learned policy of this head if gto.ltd
+    has found it faster than the rule, else the rule. Without a head, plain decoding."""
+    if head is None or isinstance(way, TreeShape):
+        return Engine(target, head, way, sampling, capacity=capacity)
+    if way == "ltd" or not way and policy_path(head_path).exists():
         from gto.ltd.policy import load_policy
         learned, gain = load_policy(policy_path(head_path))
-        if name or gain > 0:
-            return learned
-    return Rule(costs_here(out, target, head))
+        if way or gain > 0:
+            return AdaptiveEngine(target, head, learned, sampling, capacity)
+    return AdaptiveEngine(target, head, Rule(costs_here(out, target, head)), sampling, capacity)

@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,6 @@ from torch import distributed
 from kernels import is_modern
 
 MOST = 2**32 - 1    # no number of a flag is larger
-FLAGS = {"--device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},    # of several programs
-         "--dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "default: what the device is fast at"}}
 
 
 class UserError(Exception):
@@ -23,11 +22,11 @@ class UserError(Exception):
 
 
 def main_guard(main):
-    """Run `main()` as a program: a UserError, or a file out of reach, becomes one line on stderr and exit status 2."""
+    """Run `main()` as a program: bad input, a file out of reach, a full GPU are one line on stderr and status 2."""
     sys.stdout.reconfigure(errors="replace")                       # a prompt may be of any bytes
     try:
         return main()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; finished stages and checkpoints are kept", file=sys.stderr)
@@ -35,8 +34,27 @@ def main_guard(main):
     sys.exit(2)
 
 
+def at_least(least, kind=int):
+    """A type for `add_argument`: an int or float from `least` to MOST."""
+    def number(text):                                             # argparse says "invalid number value" if `kind` fails
+        if not least <= (value := kind(text)) <= MOST:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {MOST}")
+        return value
+    return number
+
+
+FLAGS = {"--device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},    # of several programs
+         "--dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "default: what the device is fast at"},
+         "--out-dir": {"help": "where train.py left target, heads and prompts (default: out, or out/<target>)"},
+         "--target": {"help": "a target checkpoint, smollm2, a GGUF file, or a folder as downloaded"},
+         "--tokenizer": {"help": "default: the target's folder"},
+         "--chat": {"action": "store_true", "help": "prompts are questions to a chat model"},
+         "--seed": {"type": at_least(0), "default": 0},
+         "--report": {"metavar": "FILE.html", "help": "write a page that steps through a decode"}}
+
+
 def argument_parser(command, description, *flags):
-    """An ArgumentParser, with these FLAGS, whose complaints are UserErrors. command: as in "python train.py"."""
+    """An ArgumentParser with these FLAGS, whose complaints are UserErrors. command: as in "python train.py"."""
     parser = argparse.ArgumentParser(prog=command, description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -47,15 +65,6 @@ def argument_parser(command, description, *flags):
     for flag in flags:
         parser.add_argument(flag, **FLAGS[flag])
     return parser
-
-
-def at_least(least, kind=int):
-    """A type for `add_argument`: an int or float from `least` to MOST."""
-    def number(text):                                             # argparse says "invalid number value" if `kind` fails
-        if not least <= (value := kind(text)) <= MOST:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {MOST}")
-        return value
-    return number
 
 
 @contextmanager
@@ -84,14 +93,11 @@ def table(rows):
 
 def write_whole(path, data):
     """Write bytes to a temporary file, then rename: a crash leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; what was finished before is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -112,8 +118,10 @@ def append_log(path, **record):
 
 
 def synchronize(device):
+    """Wait for the device. -> the time, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def compute_dtype(device):
@@ -123,8 +131,8 @@ def compute_dtype(device):
 
 
 def one_thread_if_small(target):
-    """For decoding one sequence on a CPU: a small target's matrix products are over before a second thread is awake
-    (measured: twice as slow with two). A large one's wait for memory, and training's are large: these want them all."""
+    """For decoding one sequence on a CPU: a small target's products are over before a second thread is awake (measured:
+    twice as slow with two). A large one's, and training's, want all threads."""
     if target.norm.weight.device.type == "cpu" and sum(p.numel() for p in target.parameters()) < 30_000_000:
         torch.set_num_threads(1)
 
@@ -132,25 +140,23 @@ def one_thread_if_small(target):
 def start(device):
     """Begin work on a device, under torchrun as one of several ranks, each on a GPU of its own, of which rank 0 writes
     and prints. UserError if tensors cannot live there."""
-    if distributed.is_torchelastic_launched():
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"--device {device}: must be cpu or cuda, or cuda:1 and so on for one of several")
+    several = distributed.is_torchelastic_launched()
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if several and device == "cuda" else device
+    try:
+        if (found := torch.zeros(1, device=own).device).type == "cuda":
+            torch.cuda.set_device(found)                           # where kernels are launched, and what "cuda" is now
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {own}: {str(error).splitlines()[0]}") from None
+    if several:
         # Now, because its default arguments are the group there is at import. They would keep it alive, and gloo's
         # threads with it, till after the interpreter, which aborts if one of them is still busy.
         from torch.distributed.nn import functional  # noqa: F401
-        if device == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                      # from here on "cuda" is this one
         distributed.init_process_group("nccl" if device == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    if device != "cpu" and not device.startswith("cuda"):
-        raise UserError(f"--device {device}: must be cpu or cuda, or cuda:1 and so on for one of several")
-    try:
-        if (found := torch.zeros(1, device=device).device).type == "cuda":
-            torch.cuda.set_device(found)                           # kernels are launched on the current device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def rank():

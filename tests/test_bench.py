@@ -8,7 +8,7 @@ import torch
 from gto import checkpoint
 from gto.bench import __main__ as bench
 from gto.engine import Engine, cut
-from gto.evaluate import Decoded, FixedText, greedy_depth, tau_and_misalignment, timed
+from gto.evaluate import Decoded, FixedText, accepted_path, diagnosis, timed
 from gto.released import chat
 from gto.rollout import target_forward
 from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, make_encoding, save_tokenizer
@@ -56,7 +56,7 @@ def test_misalignment_equals_a_recount_by_decoding():
             tree, path = engine.draft(), chain.draft()
             engine.verify(tree), chain.verify(path)
             accepted, alone = engine.num_accepted.item(), chain.num_accepted.item()
-            kept = greedy_depth(tree, path).item()
+            kept = accepted_path(tree, path.tokens, 0)[1].item()
             assert accepted >= min(alone, kept)                   # what is kept of the path is accepted like any other
             cycles.append([kept < 4, accepted == alone, *(accepted > depth for depth in range(4))])
             counts.add((kept, accepted))
@@ -66,19 +66,19 @@ def test_misalignment_equals_a_recount_by_decoding():
     for prompt, answer in zip(*texts):
         fixed = FixedText(target_forward(engine.target, torch.tensor([prompt + answer])),
                           *torch.tensor([[len(prompt)], [len(prompt) + len(answer) - 4]]))
-        _, *both, reached = tau_and_misalignment(engine.head, fixed, engine.shape, engine.score_temp)
+        _, *both, reached, _ = diagnosis(engine.head, fixed, engine.shape, engine.score_temp)
         found.append(torch.tensor([*both, *reached]))
     assert torch.allclose(torch.stack(found), torch.stack(shares))
     assert len(counts) > 4                                        # else the test shows nothing
 
 
-def test_greedy_depth_needs_the_whole_path():
+def test_a_path_is_kept_as_far_as_all_of_it_is():
     # Greedy path 7 8 9. First tree: root, 7, 5, 7-8. Second: 6, 6-8, 6-8-9: right tokens below a wrong one.
     tokens, parents = torch.tensor([[1, 7, 5, 8], [1, 6, 8, 9]]), torch.tensor([[0, 0, 0, 1], [0, 0, 1, 2]])
     mask = ancestor_mask(parents, 3)
     tree = Tree(tokens, parents, mask, mask.sum(-1) - 1, torch.zeros(2, 4))
     path = tree._replace(tokens=torch.tensor([[1, 7, 8, 9]]).expand(2, -1))
-    assert greedy_depth(tree, path).tolist() == [2, 0]
+    assert accepted_path(tree, path.tokens, 0)[1].tolist() == [2, 0]
 
 
 def test_summary_counts_the_bonus_token_and_pairs_by_prompt():
@@ -141,7 +141,7 @@ def test_whole_benchmark(out, capsys):
     assert "a decode by tiny, 3,3,6" in (out / "page.html").read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
-    methods = ["ar", "tiny, tree 1,3,3", "tiny, tree 3,3,6"]
+    methods = ["ar", "tiny, 1,3,3", "tiny, 3,3,6"]
     assert [(row["T"], row["method"]) for row in report["rows"]] == [(t, m) for t in "01" for m in methods]
     assert not report["divergences"]
     for row in report["rows"]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gto.engine import Engine
-from gto.evaluate import calibration, fixed_text, tau, tau_and_misalignment
+from gto.evaluate import diagnosis, fixed_text, tau
 from gto.page import tree_text, watch, write_page
 from gto.tree import TreeShape
 from gto.verify import Sampling
@@ -82,10 +82,9 @@ def test_promises_and_depths_add_up():
     target, head = tiny_models(4, vocab=5)
     for T in (0.0, 1.0):
         fixed = fixed_text(target, tiny_prompts(6, 5), 30, T, SHAPE.depth)
-        lengths, _, _, reached = tau_and_misalignment(head, fixed, SHAPE, 1.0)
+        lengths, _, _, reached, ((promised, accepted),) = diagnosis(head, fixed, SHAPE, 1.0, bins=1)
         cycles = (fixed.end - fixed.start) / lengths              # at least: a last cycle may go too far
         assert torch.equal(lengths, tau(head, fixed, SHAPE, 1.0)) and len(cycles) == 6
-        ((promised, accepted),) = calibration(head, fixed, SHAPE, 1.0, bins=1)
         assert accepted * SHAPE.nodes == pytest.approx(sum(reached), abs=1e-5) and 0 < promised < 1
         assert reached == sorted(reached, reverse=True) and reached[0] > 0.2
 

@@ -17,18 +17,15 @@ from gto.data import read_prompts
 from gto.engine import Engine, cut
 from gto.evaluate import speeds
 from gto.page import watch, write_page
-from gto.policy import AdaptiveEngine, choose_policy
+from gto.policy import make_engine
 from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import UserError, argument_parser, at_least, main_guard, start, table
+from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, start, table
 from gto.verify import Sampling
 
 
 def load_methods(arguments, out, target):
     """The heads, policies and trees that the flags name. -> {method: function of sampling and capacity -> Engine}"""
-    def by_policy(head, policy, file, **options):
-        return AdaptiveEngine(target, head, choose_policy(policy, file, out, target, head), **options)
-
     methods = {"ar": partial(Engine, target, None)}
     ways = (arguments.policy or []) + (arguments.tree or []) or ["rule", TreeShape(8, 5, 24)]
     for text, way in product(arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"), ways):
@@ -36,16 +33,14 @@ def load_methods(arguments, out, target):
         head = load_head(file, target, target.norm.weight.dtype)
         if (method := f"{name or file}, {way}") in methods:
             raise UserError(f"--head {method} is there twice: write NAME=PATH")
-        methods[method] = partial(Engine, target, head, way)
-        if isinstance(way, str):
-            methods[method] = partial(by_policy, head, way, file)
+        methods[method] = partial(make_engine, target, head, way, file, out)
     return methods
 
 
 def answer_everything(methods, questions, new_tokens, stop, encoding, encode):
     """Every method on every turn: first all first turns, then the second ones with ar's answers in their history.
     methods {name: function of a capacity -> Engine}; questions [[turn, ...]]; encode: see `load_run`. -> the prompts
-    [ids] and, in the same order, {name: [Decoded]}. UserError if a conversation is too long for the target."""
+    [ids] and, in the same order, {name: [Decoded]}."""
     prompts, results, history = [], {name: [] for name in methods}, [[] for _ in questions]
     for turn in range(max(map(len, questions))):
         asked = [(turns[turn], texts) for turns, texts in zip(questions, history) if turn < len(turns)]
@@ -98,11 +93,11 @@ def benchmark(arguments):
         torch.manual_seed(arguments.seed)
         makers = {name: partial(make, sampling=Sampling(T)) for name, make in methods.items()}
         prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, encode)
-        answers = {name: [cut(each.tokens[:new_tokens], stop) for each in runs] for name, runs in results.items()}
         for name in methods:
             rows.append({"T": f"{T:g}", "method": name, **summary(results[name], results["ar"])})
             if T == 0:
-                found = divergences(target, prompts, answers[name], answers["ar"])
+                answers = ([cut(each.tokens[:new_tokens], stop) for each in results[way]] for way in (name, "ar"))
+                found = divergences(target, prompts, *answers)
                 rows[-1]["equal"] = len(prompts) - len(found)
                 apart += [{"method": name, **place} for place in found]
     if arguments.report:
@@ -113,20 +108,14 @@ def benchmark(arguments):
 
 
 def main(argv=None):
-    parser = argument_parser("python -m gto.bench", __doc__, "--device", "--dtype")
-    parser.add_argument("--out-dir", help="where train.py left what is not named (default: out, or out/<target>)")
-    parser.add_argument("--target", help="as in decode.py (default: target.pt in --out-dir)")
+    parser = argument_parser("python -m gto.bench", __doc__, *FLAGS)
     parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
     parser.add_argument("--policy", action="append", choices=("rule", "ltd"), help="repeatable; see decode.py")
-    parser.add_argument("--tree", action="append", type=TreeShape.parse, help="repeatable; default: the rule and 8,5,24")
-    parser.add_argument("--tokenizer", help="default: the one in the target's folder")
+    parser.add_argument("--tree", action="append", type=TreeShape.parse, help="repeatable; default: rule and 8,5,24")
     parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")
     parser.add_argument("--limit", type=at_least(0), default=16, help="questions; 0: all of them (default: 16)")
     parser.add_argument("--max-new-tokens", type=at_least(2), default=128, help="per answer (default: 128)")
     parser.add_argument("--temperature", type=at_least(0, float), nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--report", metavar="FILE.html", help="a page with figures, and a decode")
     parser.add_argument("--shape", choices=roofline.SHAPES, help="measure this shape with random weights")
     arguments = parser.parse_args(argv)
     start("cuda" if arguments.shape and arguments.device == "cpu" else arguments.device)

@@ -36,7 +36,8 @@ def record(target, head, prompts, positions, space, T=0.0):
             observation.append(observe(draft.scores, length, space))                  # [n, width]
             for nodes in (space.nodes(depth, size) for size in range(len(space.sizes))):
                 tree = rerank(root, *candidates(draft), TreeShape(space.top_k, depth, max(nodes, 1)))
-                accepted.append(accepted_path(fixed, rows, length, tree)[1] * (nodes > 0))  # [n]
+                found = accepted_path(tree, fixed.text.tokens[rows], length[:, None])[1]
+                accepted.append(found * (nodes > 0))                                  # [n]
         texts.append((torch.stack(observation, dim=1), torch.stack(accepted, dim=1).unflatten(1, (space.depth, -1))))
     return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
 

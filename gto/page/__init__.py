@@ -1,6 +1,5 @@
 """A cycle for the eye: its tree in the terminal; a page, page.html and its data, to step through a decode or a run."""
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -20,34 +19,27 @@ def watch(engine, prompt, encoding, new_tokens, stop=()):
     text; setting; score_temp; cycles, the first being the prefill, which drafts nothing. Each has
 
     emitted  texts of the tokens; all but the last one were drafted
-    nodes    the tree, and the best of each node's pruned children; node 0 is the root, parents come first: token,
-             parent, head and target (probabilities of the token behind its path: the head's at the engine's
-             score temperature, the target's at the decoding temperature), path (product of the head's), kept, accepted
+    nodes    the tree, and the best of each node's pruned children; parents come first: token, parent, head and target
+             (the token's probability behind its path, at the temperature of scores, of decoding), path (product of
+             the head's), kept, accepted
     ms       by part of the cycle. On a GPU slower than in decoding, where all parts are one CUDA graph"""
     decoder, room = StreamDecoder(encoding), min(new_tokens, engine.capacity - len(prompt))
     new = engine.prefill([prompt])
     cycles, written = [{"emitted": [decoder.push(new)], "nodes": [], "ms": {}}], 1
     while written < room and not any(token in stop for token in new):
-        prefix, times = Prefix(engine.target_cache, engine.length.clone()), [moment(engine)]
+        prefix, began = Prefix(engine.target_cache, engine.length.clone()), synchronize(engine.device)
         root, draft, kept = engine.draft_levels(width=int(engine.num_accepted) + 1)
         tree = engine.tree(root, draft, kept)
-        times.append(moment(engine))
+        drafted = synchronize(engine.device)
         engine.verify(tree)
-        times.append(moment(engine))
+        ms = {"draft": 1e3 * (drafted - began), "verify": 1e3 * (synchronize(engine.device) - drafted)}
         new = cut(engine.emitted[0, :int(engine.num_accepted) + 1].tolist(), stop)
         with torch.random.fork_rng():                                                 # what is emitted stays the same
             nodes = describe(engine, encoding, root, draft, kept, prefix, new) if draft else []
-        parts = zip(("draft", "verify"), times, times[1:])
-        cycles.append({"emitted": [decoder.push([token]) for token in new[:room - written]], "nodes": nodes,
-                       "ms": {part: 1e3 * (end - begin) for part, begin, end in parts}})
+        cycles.append({"emitted": [decoder.push([token]) for token in new[:room - written]], "nodes": nodes, "ms": ms})
         written += len(new)
     return {"prompt": encoding.decode(prompt), "cycles": cycles, "score_temp": engine.score_temp,
-            "setting": f"tree {engine.shape}{'' if engine.queue_ahead else ' at most'}, T={engine.sampling.temperature:g}"}
-
-
-def moment(engine):
-    synchronize(engine.device)
-    return time.perf_counter()
+            "setting": f"tree {engine.shape}{' at most' * (not engine.queue_ahead)}, T={engine.sampling.temperature:g}"}
 
 
 def describe(engine, encoding, root, draft, size, prefix, emitted):
@@ -55,21 +47,21 @@ def describe(engine, encoding, root, draft, size, prefix, emitted):
     tokens, parents, scores = candidates(draft)                                       # [1, C] each
     T = engine.sampling.temperature or 1.0
     log_P = path_log_prob(engine.target, root, tokens, parents, prefix, engine.shape, T)
-    above, words, path = (x[0].tolist() for x in (parents, tokens, scores.exp()))     # above: index + 1, 0: the root
-    of_head, of_target = ((x - F.pad(x, (1, 0)).gather(1, parents)).exp()[0].tolist() for x in (scores, log_P))
-    order = scores[0].sort(descending=True, stable=True).indices.tolist()
-    kept = set(order[:size])
-    best_cut = {above[c]: c for c in reversed(order) if c not in kept and (above[c] == 0 or above[c] - 1 in kept)}
-    text = [token_bytes(encoding, token).decode(errors="replace") for token in (root.item(), *words)]
-    nodes = [{"token": text[0], "parent": 0, "head": 1.0, "target": 1.0, "path": 1.0, "kept": True, "accepted": True}]
-    number, at, depth = {0: 0}, 0, 0        # at: number (candidate + 1) of the last accepted node, `depth` levels down
+    parents, scores, log_P = (F.pad(x, (1, 0)) for x in (parents, scores, log_P))     # [1, 1 + C]: the root is 0
+    of_head, of_target = ((x - x.gather(1, parents)).exp()[0].tolist() for x in (scores, log_P))
+    above, path, words = parents[0].tolist(), scores[0].exp().tolist(), [root.item(), *tokens[0].tolist()]
+    order = (scores[0, 1:].sort(descending=True, stable=True).indices + 1).tolist()
+    kept = {0, *order[:size]}
+    best_cut = {above[c]: c for c in reversed(order) if c not in kept and above[c] in kept}
+    nodes, number, chosen, at, depth = [], {}, [words[0], *emitted[:-1]], 0, 0        # at: the last accepted node
     for c in sorted(kept | set(best_cut.values())):
-        accepted = c in kept and above[c] == at and depth < len(emitted) - 1 and words[c] == emitted[depth]
+        accepted = c in kept and above[c] == at and depth < len(chosen) and words[c] == chosen[depth]
         if accepted:
-            at, depth = c + 1, depth + 1
-        number[c + 1] = len(nodes)
-        nodes.append({"token": text[c + 1], "parent": number[above[c]], "head": of_head[c], "target": of_target[c],
-                      "path": path[c], "kept": c in kept, "accepted": accepted})
+            at, depth = c, depth + 1
+        number[c] = len(nodes)
+        nodes.append({"token": token_bytes(encoding, words[c]).decode(errors="replace"), "parent": number[above[c]],
+                      "head": of_head[c], "target": of_target[c], "path": path[c], "kept": c in kept,
+                      "accepted": accepted})
     return nodes
 
 
@@ -87,10 +79,9 @@ def path_log_prob(target, root, tokens, parents, prefix, shape, temperature):
 
 def tree_text(watched):
     """The first cycle that drafts, drawn for the terminal."""
-    drafted = [cycle for cycle in watched["cycles"] if cycle["nodes"]]
-    if not drafted:
+    nodes, emitted = next(((c["nodes"], c["emitted"]) for c in watched["cycles"] if c["nodes"]), ([], []))
+    if not nodes:
         return "no tree: plain decoding, by the target alone"
-    nodes, emitted = drafted[0]["nodes"], drafted[0]["emitted"]
     lines = [f"{nodes[0]['token']!r}   (behind a token the head's probability at score temperature"
              f" {watched['score_temp']:g} and the target's)"]
 
