@@ -98,8 +98,8 @@ class DraftHead(nn.Module):
             x, cos, sin = self.inputs(hidden, chains[:, :, j], roots + j + 1)
             q, k, v = self.attn.project(x, cos, sin)                                  # [B, heads|kv_heads, R, D]
             chain_kv.append((k, v))
-            attended = attend_chain(q, k_true, v_true, unseen, chain_kv)              # [B, heads, R, D]
-            hidden = self.outputs(hidden, self.attn.merge(attended))
+            attended = attend_chain(q, k_true, v_true, unseen, chain_kv)              # [B, R, heads * D]
+            hidden = self.outputs(hidden, self.attn.out(attended))
             steps.append(hidden)
         return torch.stack(steps, dim=2)
 
@@ -117,4 +117,4 @@ def attend_chain(q, k_true, v_true, unseen, chain_kv):
     attended = torch.einsum("bghrt,bgtd->bghrd", weight[..., :T], v_true)
     for i, (_, v) in enumerate(chain_kv):
         attended = attended + weight[..., T + i, None] * v[:, :, None]
-    return attended.reshape(B, H, R, D)
+    return attended.permute(0, 3, 1, 2, 4).flatten(2)                                 # [B, R, heads * D]

@@ -116,10 +116,6 @@ class Attention(nn.Module):
         q, k = rotate(qk, cos, sin, norms).split([H, G], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def merge(self, attended):
-        """[B, heads, N, D] -> [B, N, dim]."""
-        return self.out(attended.transpose(1, 2).flatten(2))
-
     def forward(self, x, cos, sin, mask=None, prefix=None, layer=0, past=None):
         """Returns the attended x and the new keys and values (`past` ones in front, if given)."""
         q, k, v = self.project(x, cos, sin)
@@ -133,7 +129,7 @@ class Attention(nn.Module):
         else:
             cache, length, sequence = prefix
             out = tree_attention(q, k, v, mask, cache.k[layer], cache.v[layer], length, sequence)
-        return self.merge(out), k, v
+        return self.out(out.transpose(1, 2).flatten(2)), k, v
 
 
 class SwiGLU(nn.Module):

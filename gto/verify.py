@@ -51,12 +51,11 @@ def warp(logits, sampling):
 
 
 def choose(logits, sampling, uniform):
-    """The target's next token after every node: logits [B, N, V], uniform [B, N] random numbers -> [B, N]."""
-    if sampling.temperature == 0:
-        return score_nodes(logits, temperature=0.0)[0]
-    if sampling.top_k or sampling.top_p < 1:
-        return score_nodes(warp(logits, sampling), temperature=1.0, uniform=uniform)[0]
-    return score_nodes(logits, temperature=sampling.temperature, uniform=uniform)[0]
+    """The target's next token after every node: logits [B, N, V], uniform [B, N] random numbers, if T > 0 -> [B, N]."""
+    temperature = sampling.temperature
+    if temperature > 0 and (sampling.top_k or sampling.top_p < 1):
+        logits, temperature = warp(logits, sampling), 1.0
+    return score_nodes(logits, temperature=temperature, uniform=uniform)[0]
 
 
 def accept(tree, choice, width):
@@ -74,8 +73,8 @@ def accept(tree, choice, width):
 
 
 def verify(logits, tree, sampling, width, uniform=None):
-    """logits [B, N, V] after each node of the tree; uniform [B, N] random numbers, if T > 0 -> path, num_accepted as `accept` returns them; emitted [B, width]:
-    the accepted tokens, then the token the target adds itself, then padding."""
+    """logits [B, N, V] after each node of the tree; uniform [B, N], see `choose` -> path, num_accepted, see `accept`;
+    emitted [B, width]: the accepted tokens, then the token the target adds itself, then padding."""
     path, num_accepted, bonus = accept(tree, choose(logits, sampling, uniform), width)
     drafted = tree.tokens.gather(1, path).roll(-1, dims=1)             # path tokens without the root
     return path, num_accepted, drafted.scatter(1, num_accepted[:, None], bonus[:, None])
