@@ -68,18 +68,16 @@ class Prefix(NamedTuple):
 
 
 class KVCache:
-    """Preallocated keys and values, [layers, sequences, kv_heads, capacity, head_dim] each. How much of a row is valid,
-    the caller knows: `length`, on the device, for target and head alike."""
+    """Preallocated keys and values, [layers, sequences, kv_heads, capacity, head_dim] each. The caller knows how much
+    of a row is valid: `length`, on the device."""
 
     def __init__(self, model, sequences, capacity):
         shape = (model.config.layers, sequences, model.config.kv_heads, capacity, model.config.head_dim)
         self.k, self.v = model.norm.weight.new_zeros(2, *shape)
 
     def commit(self, keys, values, length, path=None):
-        """Append the tokens at `path` behind the first `length` positions of every row.
-
-        keys, values: per layer [B, kv_heads, N, D]; length [B]; path [B, P] indexes N, None takes all N in order. P is
-        fixed and may exceed what is accepted: what is behind the caller's new length is overwritten later."""
+        """Append keys, values, per layer [B, kv_heads, N, D], behind the first `length` [B] positions of every row: all
+        N, or those at `path` [B, P]. More than are accepted: what is behind the new length is overwritten later."""
         for cache, new in (self.k, keys), (self.v, values):
             new = torch.stack(new)                                                    # [L, B, G, N, D]
             if path is not None:

@@ -228,8 +228,7 @@ def costs_here(folder, target, head, space=None):
     except (OSError, ValueError, LookupError, TypeError):
         pass                                                                          # there is none, or it is damaged
     costs = measure(target, head, space)
-    kept = {"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}
-    write_text(path, json.dumps(kept, indent=1))
+    write_text(path, json.dumps({"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}))
     return costs
 
 

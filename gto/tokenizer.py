@@ -65,11 +65,11 @@ def read_own_meta(directory):
 
 def save_tokenizer(path, encoding):
     """Write any encoding as tokenizer.model, a rank file or in the format it came in. -> what meta.json says of it."""
-    save = getattr(encoding, "save", None)
-    save(path) if save else save_ranks(path, encoding._mergeable_ranks)
-    return {"vocab_size": encoding.n_vocab, "ranks": len(getattr(encoding, "_mergeable_ranks", ())),
-            "pattern": getattr(encoding, "_pat_str", None), "normalizer": getattr(encoding, "normalizer", None),
-            "special_tokens": encoding._special_tokens, "eot_id": end_of_text_id(encoding)}
+    ranks = getattr(encoding, "_mergeable_ranks", {})
+    save_ranks(path, ranks) if ranks else encoding.save(path)
+    return {"vocab_size": encoding.n_vocab, "ranks": len(ranks), "pattern": getattr(encoding, "_pat_str", None),
+            "normalizer": getattr(encoding, "normalizer", None), "special_tokens": encoding._special_tokens,
+            "eot_id": end_of_text_id(encoding)}
 
 
 def end_of_text_id(encoding):

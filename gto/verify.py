@@ -4,18 +4,16 @@ The rule: at the current node draw ONE token from the target's own distribution 
 carries that token, move to the child and go on; otherwise emit the token and stop.
 
 Why the output is exactly the target's: every emitted token was drawn by the target, from its distribution given all
-the tokens emitted before it. The tree decides only whether the draw at the next position can be read off the same
-forward pass. This needs two things: the tree must not depend on the draws (it is drafted before them), and a node's
-logits must be those of its own path (the ancestor mask sees to that).
+the tokens emitted before it. This needs two things: the tree must not depend on the draws (it is drafted before them),
+and a node's logits must be those of its own path (the ancestor mask sees to that).
 
 Rejection sampling with q = 1, as in EAGLE's code (try the children in turn, accept x with probability p(x), else set
-p(x) = 0 and renormalise), reaches and takes child i with probability (1 - p_1 - .. - p_{i-1}) * p_i / (1 - p_1 - .. -
-p_{i-1}) = p_i, and what is left is p without the children: the same distribution, by one draw instead of many.
+p(x) = 0 and renormalise), also takes child i with probability p_i, and leaves p without the children: with s = p_1 +
+.. + p_{i-1} it reaches i with probability 1 - s, and takes it there with p_i / (1 - s). But it needs many draws.
 
-The draws can be made for all nodes at once, whether or not a node is reached: "walk down from the root" then becomes "a
-node is accepted if it and all its ancestors match", `accept`. And nodes of one depth may share a random number, as only
-one of them is ever reached: the engine has one for every position of a text, drawn before anything is drafted. So the
-same seed writes the same text, by any tree, at any temperature."""
+All nodes draw at once, reached or not: "walk down from the root" becomes "a node is accepted if it and all its
+ancestors match", `accept`. Nodes of one depth may share a random number, as only one of them is ever reached: the
+engine has one for every position of a text. So the same seed writes the same text, by any tree, at any temperature."""
 from dataclasses import dataclass
 
 import torch
