@@ -167,7 +167,8 @@ class AdaptiveEngine(Engine):
             self.read(features, tokens, self.length - new - tokens.shape[1])
             self.unread = []
         space, prefix = self.policy.space, Prefix(self.head_cache, self.length)
-        root, draft = self.run(("draft", 1), partial(self.begin, new if self.device.type == "cpu" else None))
+        root, draft = self.run(("draft", 1), lambda: self.begin(
+            int(self.num_accepted) + 1 if self.device.type == "cpu" else None))
         for depth in range(1, space.depth + 1):
             (seen,) = self.run(("observe", depth), partial(observe, draft.scores, self.length, space)).cpu()
             if depth == space.depth or self.policy.stop(seen):
