@@ -15,8 +15,7 @@ from kernels.graphs import Graphs
 
 class Engine:
     """Decodes `batch` sequences side by side, of at most `capacity` tokens, prompt and output together. head None:
-    plain autoregressive decoding, the same cycle with a tree of only the root. shape: TreeShape of the drafts;
-    sampling: Sampling; score_temp: temperature of the tree's scores, None: by the sampling temperature."""
+    plain decoding, the same cycle with a tree of only the root. score_temp: of the tree's scores, see gto/tree.py."""
     queue_ahead = True    # on a GPU, queue the next cycle before this one's tokens are read
 
     def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
@@ -38,7 +37,7 @@ class Engine:
         # but the root. `features` and `emitted` are the head's next slots: the last cycle's accepted path.
         self.length, self.num_accepted, self.emitted = zeros(), zeros(), zeros(self.width)
         self.features = zeros(self.width, 3 * target.config.dim, dtype=target.norm.weight.dtype)
-        self.uniform = torch.zeros(batch, self.capacity, device=self.device)          # for the token behind each
+        self.uniform = torch.zeros(batch, self.capacity, device=self.device)          # for the token behind a position
         self.root_tree = Tree(zeros(1), zeros(1), zeros(1, 1, dtype=torch.bool) | True, zeros(1), zeros(1))
         self.run = Graphs(self.device, (self.length, self.num_accepted, self.emitted, self.features))
 
@@ -71,7 +70,7 @@ class Engine:
 
     def begin(self, width=None):
         """Extend the head over the newly committed tokens, which end with the root: `width` slots, None: all.
-        -> the root [B]; a Draft of one level behind it."""
+        -> the root [B], a Draft of one level."""
         # Slots in the head's cache, [B]; it would be below 0 behind the end of a sequence that waits for others.
         committed = (self.length - self.num_accepted - 1).clamp(min=0)
         hidden = self.read(self.features[:, :width], self.emitted[:, :width], committed)

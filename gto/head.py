@@ -76,8 +76,8 @@ class DraftHead(nn.Module):
         return self.unembed(self.norm(hidden)[1])
 
     def read(self, features, tokens):
-        """Over whole texts: features [B, T, 3 * target_dim], tokens [B, T] -> hidden [B, T, dim], KV. What stands in
-        slot T - 1, which lacks its next token, is not to be used."""
+        """Whole texts: features [B, T, 3 * target_dim], tokens [B, T] -> hidden [B, T, dim], KV. The last slot, which
+        lacks its next token, is not to be used."""
         slots = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         hidden, k, v = self(self.fuse(features), tokens.roll(-1, dims=1), slots)
         return hidden, KV([k], [v])

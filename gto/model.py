@@ -77,7 +77,7 @@ class KVCache:
 
     def commit(self, keys, values, length, path=None):
         """Append keys, values, per layer [B, kv_heads, N, D], behind the first `length` [B] positions of every row: all
-        N, or those at `path` [B, P]. More than are accepted: what is behind the new length is overwritten later."""
+        N, or those at `path` [B, P]. P is fixed: what is behind the caller's new length is overwritten later."""
         for cache, new in (self.k, keys), (self.v, values):
             new = torch.stack(new)                                                    # [L, B, G, N, D]
             if path is not None:
@@ -108,8 +108,7 @@ class Attention(nn.Module):
     def project(self, x, cos, sin):
         """x [B, N, in_dim] -> rotated q [B, heads, N, D], rotated k and v [B, kv_heads, N, D]."""
         H, G, D = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(x).view(*x.shape[:2], H + 2 * G, D)
-        qk, v = qkv[:, :, :H + G], qkv[:, :, H + G:]
+        qk, v = self.qkv(x).view(*x.shape[:2], H + 2 * G, D).split([H + G, G], dim=2)
         norms = (self.q_norm.weight, self.k_norm.weight, H, self.q_norm.eps) if self.q_norm is not None else None
         q, k = rotate(qk, cos, sin, norms).split([H, G], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

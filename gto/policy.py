@@ -220,8 +220,7 @@ def costs_here(folder, target, head, space=None):
     weight, path = target.norm.weight, Path(folder, "costs.json")
     space = space or SPACES[weight.device.type]
     name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"{platform.node()} {platform.machine()}"
-    about = [name, f"{torch.get_num_threads()} threads", f"torch {torch.__version__}",
-             *map(str, (weight.dtype, space, target.config, head.config))]
+    about = str((name, torch.get_num_threads(), torch.__version__, weight.dtype, space, target.config, head.config))
     try:
         kept = json.loads(path.read_text())
         if kept["about"] == about:

@@ -4,8 +4,9 @@ The rule: at the current node draw ONE token from the target's own distribution 
 carries that token, move to the child and go on; otherwise emit the token and stop.
 
 Why the output is exactly the target's: every emitted token was drawn by the target, from its distribution given all
-the tokens emitted before it. This needs two things: the tree must not depend on the draws (it is drafted before them),
-and a node's logits must be those of its own path (the ancestor mask sees to that).
+the tokens emitted before it. The tree decides only whether the next draw can be read off the same forward pass. This
+needs two things: the tree must not depend on the draws (it is drafted without a look at them), and a node's logits must
+be those of its own path (the ancestor mask sees to that).
 
 Rejection sampling with q = 1, as in EAGLE's code (try the children in turn, accept x with probability p(x), else set
 p(x) = 0 and renormalise), also takes child i with probability p_i, and leaves p without the children: with s = p_1 +
