@@ -90,7 +90,6 @@ class Rule:
         self.accepted = self.promised = 2.0
         self.tokens, self.seconds = 20.0, 20 * costs.verify[0]                        # as if by plain decoding
         self.wait, self.patience = 0, 1
-        self.cycle = None                                                             # promised tokens, seconds
 
     def rate(self):
         """Tokens a second that time is worth: what decoding makes of it, or would make without drafts."""
@@ -123,9 +122,7 @@ class Rule:
         return True
 
     def learn(self, accepted):
-        if self.cycle is None:
-            return
-        (promised, seconds), self.cycle = self.cycle, None
+        promised, seconds = self.cycle
         self.accepted = (1 - self.memory) * 2 + self.memory * self.accepted + accepted
         self.promised = (1 - self.memory) * 2 + self.memory * self.promised + promised
         self.tokens = self.memory * self.tokens + accepted + 1
@@ -138,17 +135,21 @@ class AdaptiveEngine(Engine):
     queue_ahead = False    # what a cycle does depends on what it finds
 
     def __init__(self, target, head, policy, sampling=None, capacity=None):
-        space = policy.space
-        largest = TreeShape(space.top_k, space.depth, space.sizes[-1])
+        largest = TreeShape(policy.space.top_k, policy.space.depth, policy.space.sizes[-1])
         super().__init__(target, head, largest, sampling, capacity=capacity)
-        self.policy, self.unread = policy, []                      # unread: slots that the head has not read
+        self.policy, self.decided, self.unread = policy, False, []  # has a cycle been? slots the head has not read
         if self.device.type == "cuda":
             self.capture_graphs()
 
     def prefill(self, prompts):
-        self.policy.learn(int(self.num_accepted))
-        self.unread = []
+        self.tell()
+        self.decided, self.unread = False, []
         return super().prefill(prompts)
+
+    def tell(self):
+        """Tell the policy what became of its last decision."""
+        if self.decided:
+            self.policy.learn(int(self.num_accepted))
 
     def step(self):
         _, draft, nodes = self.draft_levels()
@@ -157,8 +158,8 @@ class AdaptiveEngine(Engine):
 
     def draft_levels(self, width=None):
         """As the policy decides; without a Draft if it decides for plain decoding right away."""
-        new = int(self.num_accepted) + 1
-        self.policy.learn(new - 1)
+        self.tell()
+        self.decided, new = True, int(self.num_accepted) + 1
         if self.policy.waits():
             self.unread.append((self.features[:, :new].clone(), self.emitted[:, :new].clone()))
             return self.root(), None, 0
@@ -185,7 +186,7 @@ class AdaptiveEngine(Engine):
             self.num_accepted.zero_()
             self.policy = Fixed(space, depth, size)
             self.step()
-        self.policy = policy
+        self.policy, self.decided = policy, False
 
 
 @torch.inference_mode()
