@@ -1,8 +1,7 @@
 """From documents to batches: collect them, split them by file, encode them, and serve training windows.
 
-A data directory holds train.bin and val.bin (token ids, flat; each document is followed by the end-of-text token),
-tokenizer.model, prompts.jsonl (cut from validation documents, in the format of MT-bench's question.jsonl), and
-meta.json (sizes, dtype, split pattern), written last: its presence says that the directory is complete."""
+A data directory holds train.bin and val.bin (flat token ids, the end-of-text token behind each document), the
+tokenizer.model, prompts.jsonl (like MT-bench's question.jsonl), and meta.json, written last: then it is complete."""
 import hashlib
 import json
 import os

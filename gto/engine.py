@@ -15,8 +15,7 @@ from kernels.graphs import Graphs
 
 class Engine:
     """Decodes `batch` sequences side by side, of at most `capacity` tokens, prompt and output together. head None:
-    plain autoregressive decoding, the same cycle with a tree of only the root. shape: TreeShape of the drafts;
-    sampling: Sampling; score_temp: temperature of the tree's scores, None: by the sampling temperature."""
+    plain decoding, the same cycle with a tree of only the root. score_temp: of the tree's scores, see gto/tree.py."""
     queue_ahead = True    # on a GPU, queue the next cycle before this one's tokens are read
 
     def __init__(self, target, head, shape=None, sampling=None, batch=1, capacity=None, score_temp=None):
@@ -38,7 +37,7 @@ class Engine:
         # but the root. `features` and `emitted` are the head's next slots: the last cycle's accepted path.
         self.length, self.num_accepted, self.emitted = zeros(), zeros(), zeros(self.width)
         self.features = zeros(self.width, 3 * target.config.dim, dtype=target.norm.weight.dtype)
-        self.uniform = torch.zeros(batch, self.capacity, device=self.device)          # for the token behind each position
+        self.uniform = torch.zeros(batch, self.capacity, device=self.device)          # for the token behind a position
         self.root_tree = Tree(zeros(1), zeros(1), zeros(1, 1, dtype=torch.bool) | True, zeros(1), zeros(1))
         self.run = Graphs(self.device, (self.length, self.num_accepted, self.emitted, self.features))
 
@@ -69,14 +68,14 @@ class Engine:
             self.features[:, :1] = rows(features, last)
         return self.emitted[:, 0].tolist()
 
-    def extend(self, width=None):
-        """Extend the head over the newly committed tokens, which end with the root: `width` slots, None: all. -> its
-        output at the root [B, dim], which predicts the tree's first level; the root [B]; what the tree may see."""
+    def begin(self, width=None):
+        """Extend the head over the newly committed tokens, which end with the root: `width` slots, None: all.
+        -> the root [B], a Draft of one level."""
         # Slots in the head's cache, [B]; it would be below 0 behind the end of a sequence that waits for others.
         committed = (self.length - self.num_accepted - 1).clamp(min=0)
         hidden = self.read(self.features[:, :width], self.emitted[:, :width], committed)
-        last = self.num_accepted[:, None]                                             # [B, 1]
-        return rows(hidden, last)[:, 0], self.root(), Prefix(self.head_cache, self.length)
+        hidden = rows(hidden, self.num_accepted[:, None])[:, 0]                       # [B, dim] at the root
+        return self.root(), first_level(self.head, hidden, self.shape.top_k, self.score_temp)
 
     def read(self, features, tokens, committed):
         """The head behind its first `committed` [B] slots: features [B, P, 3 * dim], tokens [B, P] -> [B, P, dim]."""
@@ -96,10 +95,9 @@ class Engine:
         """Draft behind the root. -> root [B]; a Draft, None in plain decoding; how many of its nodes to verify."""
         if self.head is None:
             return self.root(), None, 0
-        hidden, root, prefix = self.extend(width)
-        draft = first_level(self.head, hidden, self.shape.top_k, self.score_temp)
+        root, draft = self.begin(width)
         for _ in range(self.shape.depth - 1):
-            draft = expand(self.head, draft, prefix, self.score_temp)
+            draft = expand(self.head, draft, Prefix(self.head_cache, self.length), self.score_temp)
         return root, draft, self.shape.nodes
 
     def tree(self, root, draft, nodes):

@@ -76,8 +76,8 @@ class DraftHead(nn.Module):
         return self.unembed(self.norm(hidden)[1])
 
     def read(self, features, tokens):
-        """Over whole texts: features [B, T, 3 * target_dim], tokens [B, T] -> hidden [B, T, dim], KV. What stands in
-        slot T - 1, which lacks its next token, is not to be used."""
+        """Whole texts: features [B, T, 3 * target_dim], tokens [B, T] -> hidden [B, T, dim], KV. The last slot, which
+        lacks its next token, is not to be used."""
         slots = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         hidden, k, v = self(self.fuse(features), tokens.roll(-1, dims=1), slots)
         return hidden, KV([k], [v])
@@ -98,8 +98,8 @@ class DraftHead(nn.Module):
             x, cos, sin = self.inputs(hidden, chains[:, :, j], roots + j + 1)
             q, k, v = self.attn.project(x, cos, sin)                                  # [B, heads|kv_heads, R, D]
             chain_kv.append((k, v))
-            attended = attend_chain(q, k_true, v_true, unseen, chain_kv)              # [B, heads, R, D]
-            hidden = self.outputs(hidden, self.attn.merge(attended))
+            attended = attend_chain(q, k_true, v_true, unseen, chain_kv)              # [B, R, heads * D]
+            hidden = self.outputs(hidden, self.attn.out(attended))
             steps.append(hidden)
         return torch.stack(steps, dim=2)
 
@@ -117,4 +117,4 @@ def attend_chain(q, k_true, v_true, unseen, chain_kv):
     attended = torch.einsum("bghrt,bgtd->bghrd", weight[..., :T], v_true)
     for i, (_, v) in enumerate(chain_kv):
         attended = attended + weight[..., T + i, None] * v[:, :, None]
-    return attended.reshape(B, H, R, D)
+    return attended.permute(0, 3, 1, 2, 4).flatten(2)                                 # [B, R, heads * D]

@@ -68,18 +68,16 @@ class Prefix(NamedTuple):
 
 
 class KVCache:
-    """Preallocated keys and values, [layers, sequences, kv_heads, capacity, head_dim] each. How much of a row is valid,
-    the caller knows: `length`, on the device, for target and head alike."""
+    """Preallocated keys and values, [layers, sequences, kv_heads, capacity, head_dim] each. The caller knows how much
+    of a row is valid: `length`, on the device."""
 
     def __init__(self, model, sequences, capacity):
         shape = (model.config.layers, sequences, model.config.kv_heads, capacity, model.config.head_dim)
         self.k, self.v = model.norm.weight.new_zeros(2, *shape)
 
     def commit(self, keys, values, length, path=None):
-        """Append the tokens at `path` behind the first `length` positions of every row.
-
-        keys, values: per layer [B, kv_heads, N, D]; length [B]; path [B, P] indexes N, None takes all N in order. P is
-        fixed and may exceed what is accepted: what is behind the caller's new length is overwritten later."""
+        """Append keys, values, per layer [B, kv_heads, N, D], behind the first `length` [B] positions of every row: all
+        N, or those at `path` [B, P]. P is fixed: what is behind the caller's new length is overwritten later."""
         for cache, new in (self.k, keys), (self.v, values):
             new = torch.stack(new)                                                    # [L, B, G, N, D]
             if path is not None:
@@ -110,15 +108,10 @@ class Attention(nn.Module):
     def project(self, x, cos, sin):
         """x [B, N, in_dim] -> rotated q [B, heads, N, D], rotated k and v [B, kv_heads, N, D]."""
         H, G, D = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(x).view(*x.shape[:2], H + 2 * G, D)
-        qk, v = qkv[:, :, :H + G], qkv[:, :, H + G:]
+        qk, v = self.qkv(x).view(*x.shape[:2], H + 2 * G, D).split([H + G, G], dim=2)
         norms = (self.q_norm.weight, self.k_norm.weight, H, self.q_norm.eps) if self.q_norm is not None else None
         q, k = rotate(qk, cos, sin, norms).split([H, G], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def merge(self, attended):
-        """[B, heads, N, D] -> [B, N, dim]."""
-        return self.out(attended.transpose(1, 2).flatten(2))
 
     def forward(self, x, cos, sin, mask=None, prefix=None, layer=0, past=None):
         """Returns the attended x and the new keys and values (`past` ones in front, if given)."""
@@ -133,7 +126,7 @@ class Attention(nn.Module):
         else:
             cache, length, sequence = prefix
             out = tree_attention(q, k, v, mask, cache.k[layer], cache.v[layer], length, sequence)
-        return self.merge(out), k, v
+        return self.out(out.transpose(1, 2).flatten(2)), k, v
 
 
 class SwiGLU(nn.Module):

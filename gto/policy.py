@@ -1,8 +1,6 @@
-"""The decoding policy: how deep to draft and how many nodes to verify, or neither, decided anew in every cycle.
-
-What a cycle's parts cost is measured on the machine; what a draft may bring, the head's probabilities say. `Rule` weighs
-one against the other and needs no training; gto/ltd learns a policy. The output stays the target's: verification is
-lossless whatever the tree, as no decision depends on the draws."""
+"""The decoding policy: how deep to draft and how many nodes to verify, or neither, decided anew in every cycle. `Rule`
+weighs what a cycle's parts cost on this machine against what the head's probabilities promise; gto/ltd learns a policy.
+The output stays the target's: verification is lossless whatever the tree, as no decision depends on the draws."""
 import itertools
 import json
 import platform
@@ -19,7 +17,7 @@ from torch.nn import functional as F
 
 from gto.engine import Engine
 from gto.model import Prefix
-from gto.tree import TreeShape, expand, first_level
+from gto.tree import TreeShape, expand
 from gto.util import average, synchronize, write_text
 
 
@@ -29,11 +27,6 @@ class Space:
     top_k: int
     depth: int
     sizes: tuple     # drafted nodes to verify, ascending; 0: only the root. Each is a fixed shape, fit for a CUDA graph
-
-    @property
-    def shape(self):
-        """The largest tree: the engine's state is made for it."""
-        return TreeShape(self.top_k, self.depth, self.sizes[-1])
 
     def nodes(self, depth, size):
         """Nodes kept of a draft of `depth` levels when size number `size` is chosen: never more than were drafted."""
@@ -68,8 +61,7 @@ class Fixed:
     `space.sizes`; leave the draft out, and the look at it? And are told how many drafts a cycle accepted."""
 
     def __init__(self, space, depth, size):
-        self.space, self.depth, self.choice = space, depth, size
-        self.shape = TreeShape(space.top_k, depth, max(space.nodes(depth, size), 1))
+        self.space, self.depth, self.choice, self.nodes = space, depth, size, space.nodes(depth, size)
 
     def stop(self, observation):
         return (observation[..., 0] * self.space.depth).round() >= self.depth
@@ -86,11 +78,9 @@ class Fixed:
 
 class Rule:
     """Draft on while the next level promises more accepted tokens than it costs, its time counted in tokens at the
-    speed of decoding so far; then verify the size that promises most beyond its cost. A path's chance is the head's
-    probability of it times `trust`: what came true of earlier promises. Needs no training.
-
-    Where even a draft's best is not worth its verification, plain decoding is faster, and a look at a draft is lost
-    time: each such look in a row doubles the cycles of plain decoding before the next one."""
+    speed of decoding so far; then verify the size that promises most beyond its cost. A promise is the head's
+    probability times `trust`, what came true of earlier ones. Where no size is worth its cost, a look at a draft is
+    lost time: each such look in a row doubles the cycles of plain decoding before the next one. Needs no training."""
     memory, longest_wait = 0.98, 16      # of a cycle ago, in what trust and speed are taken from; cycles
 
     def __init__(self, costs):
@@ -133,8 +123,8 @@ class Rule:
 
     def learn(self, accepted):
         promised, seconds = self.cycle
-        self.accepted, self.promised = ((1 - self.memory) * 2 + self.memory * old + new for old, new in (
-            (self.accepted, accepted), (self.promised, promised)))
+        self.accepted = (1 - self.memory) * 2 + self.memory * self.accepted + accepted
+        self.promised = (1 - self.memory) * 2 + self.memory * self.promised + promised
         self.tokens = self.memory * self.tokens + accepted + 1
         self.seconds = self.memory * self.seconds + seconds
 
@@ -145,15 +135,15 @@ class AdaptiveEngine(Engine):
     queue_ahead = False    # what a cycle does depends on what it finds
 
     def __init__(self, target, head, policy, sampling=None, capacity=None):
-        super().__init__(target, head, policy.space.shape, sampling, capacity=capacity)
-        self.policy = policy
-        self.unread, self.decided = [], False                      # slots the head has not read; has a cycle been?
+        largest = TreeShape(policy.space.top_k, policy.space.depth, policy.space.sizes[-1])
+        super().__init__(target, head, largest, sampling, capacity=capacity)
+        self.policy, self.decided, self.unread = policy, False, []  # has a cycle been? slots the head has not read
         if self.device.type == "cuda":
             self.capture_graphs()
 
     def prefill(self, prompts):
         self.tell()
-        self.unread, self.decided = [], False
+        self.decided, self.unread = False, []
         return super().prefill(prompts)
 
     def tell(self):
@@ -162,11 +152,9 @@ class AdaptiveEngine(Engine):
             self.policy.learn(int(self.num_accepted))
 
     def step(self):
-        root, draft, nodes = self.draft_levels()
-        if draft is None:
-            self.run("plain", lambda: self.verify(self.tree(self.root(), None, 0)))
-        else:
-            self.run(("verify", len(draft.scores), nodes), lambda: self.verify(self.tree(root, draft, nodes)))
+        _, draft, nodes = self.draft_levels()
+        key = ("verify", len(draft.scores), nodes) if draft else "plain"
+        self.run(key, lambda: self.verify(self.tree(self.root(), draft, nodes)))
 
     def draft_levels(self, width=None):
         """As the policy decides; without a Draft if it decides for plain decoding right away."""
@@ -180,18 +168,14 @@ class AdaptiveEngine(Engine):
             self.read(features, tokens, self.length - new - tokens.shape[1])
             self.unread = []
         space, prefix = self.policy.space, Prefix(self.head_cache, self.length)
-        root, draft = self.run(("draft", 1), self.begin)
+        root, draft = self.run(("draft", 1), lambda: self.begin(
+            int(self.num_accepted) + 1 if self.device.type == "cpu" else None))
         for depth in range(1, space.depth + 1):
             (seen,) = self.run(("observe", depth), partial(observe, draft.scores, self.length, space)).cpu()
             if depth == space.depth or self.policy.stop(seen):
                 break
             draft = self.run(("draft", depth + 1), partial(expand, self.head, draft, prefix, self.score_temp))
         return root, draft, space.nodes(depth, int(self.policy.size(seen)))
-
-    def begin(self):
-        """-> the root [1], a Draft of one level."""
-        hidden, root, _ = self.extend(int(self.num_accepted) + 1 if self.device.type == "cpu" else None)
-        return root, first_level(self.head, hidden, self.shape.top_k, self.score_temp)
 
     @torch.inference_mode()
     def capture_graphs(self):
@@ -206,7 +190,7 @@ class AdaptiveEngine(Engine):
 
 
 @torch.inference_mode()
-def measure(target, head, space, rounds=7, context=128):
+def measure(target, head, space, rounds=8, context=128):
     """What the parts of a cycle take here, behind `context` tokens: medians over rounds of all sizes. -> Costs."""
     engine, times = AdaptiveEngine(target, head, Fixed(space, space.depth, 0), capacity=context + space.depth + 1), {}
 
@@ -218,28 +202,26 @@ def measure(target, head, space, rounds=7, context=128):
         times.setdefault(key, []).append(time.perf_counter() - began)
         return result
 
-    for number in range((rounds + 1) * len(space.sizes)):
-        engine.run = timed if number >= len(space.sizes) else engine.run              # the first round warms up
-        engine.policy = Fixed(space, space.depth, number % len(space.sizes))
+    engine.run = timed
+    for _, size in itertools.product(range(rounds), range(len(space.sizes))):
+        engine.policy = Fixed(space, space.depth, size)
         engine.length.fill_(context)
         engine.num_accepted.fill_(1)
         engine.step()
-    took, depths = {key: median(seconds) for key, seconds in times.items()}, range(1, space.depth + 1)
-    costs = torch.tensor([took["draft", depth] + took["observe", depth] for depth in depths]).cumsum(0), torch.tensor(
-        [took["verify", space.depth, nodes] for nodes in space.sizes])
-    costs = [cost.to(engine.device) for cost in costs]
+    took = {key: median(seconds[1:]) for key, seconds in times.items()}               # the first warmed up
+    draft = [took["draft", depth] + took["observe", depth] for depth in range(1, space.depth + 1)]
+    verify = [took["verify", space.depth, nodes] for nodes in space.sizes]
+    costs = [torch.tensor(seconds, device=engine.device) for seconds in (draft, verify)]
     average(costs)                                                                    # all ranks decide the same
-    return Costs(space, *(cost.cpu().numpy() for cost in costs))
+    return Costs(space, costs[0].cumsum(0).cpu().numpy(), costs[1].cpu().numpy())
 
 
 def costs_here(folder, target, head, space=None):
-    """Costs on this machine: from costs.json in this folder if they were measured here, else measured and kept there.
-    A few seconds."""
+    """Costs, from costs.json in this folder if they were measured on this machine, else in seconds, and kept there."""
     weight, path = target.norm.weight, Path(folder, "costs.json")
     space = space or SPACES[weight.device.type]
     name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else f"{platform.node()} {platform.machine()}"
-    about = {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": str(weight.dtype),
-             "space": str(space), "target": str(target.config), "head": str(head.config)}
+    about = str((name, torch.get_num_threads(), torch.__version__, weight.dtype, space, target.config, head.config))
     try:
         kept = json.loads(path.read_text())
         if kept["about"] == about:
@@ -247,13 +229,12 @@ def costs_here(folder, target, head, space=None):
     except (OSError, ValueError, LookupError, TypeError):
         pass                                                                          # there is none, or it is damaged
     costs = measure(target, head, space)
-    kept = {"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}
-    write_text(path, json.dumps(kept, indent=1))
+    write_text(path, json.dumps({"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}))
     return costs
 
 
 def policy_path(head_path):
-    """Where python -m gto.ltd leaves the policy for a head: policy-<head's file>, in the same folder."""
+    """Where python -m gto.ltd leaves the policy for a head."""
     return Path(head_path).with_name(f"policy-{Path(head_path).name}")
 
 
@@ -263,7 +244,7 @@ def make_engine(target, head, way, head_path, out, sampling, capacity):
     if head is None or isinstance(way, TreeShape):
         return Engine(target, head, way, sampling, capacity=capacity)
     if way == "ltd" or not way and policy_path(head_path).exists():
-        from gto.ltd.policy import load_policy
+        from gto.ltd.ppo import load_policy
         learned, gain = load_policy(policy_path(head_path))
         if way or gain > 0:
             return AdaptiveEngine(target, head, learned, sampling, capacity)

@@ -65,11 +65,11 @@ def read_own_meta(directory):
 
 def save_tokenizer(path, encoding):
     """Write any encoding as tokenizer.model, a rank file or in the format it came in. -> what meta.json says of it."""
-    save = getattr(encoding, "save", None)
-    save(path) if save else save_ranks(path, encoding._mergeable_ranks)
-    return {"vocab_size": encoding.n_vocab, "ranks": len(getattr(encoding, "_mergeable_ranks", ())),
-            "pattern": getattr(encoding, "_pat_str", None), "normalizer": getattr(encoding, "normalizer", None),
-            "special_tokens": encoding._special_tokens, "eot_id": end_of_text_id(encoding)}
+    ranks = getattr(encoding, "_mergeable_ranks", {})
+    save_ranks(path, ranks) if ranks else encoding.save(path)
+    return {"vocab_size": encoding.n_vocab, "ranks": len(ranks), "pattern": getattr(encoding, "_pat_str", None),
+            "normalizer": getattr(encoding, "normalizer", None), "special_tokens": encoding._special_tokens,
+            "eot_id": end_of_text_id(encoding)}
 
 
 def end_of_text_id(encoding):
@@ -105,9 +105,8 @@ def token_bytes(encoding, token):
 def train_bpe(texts, vocab_size, pattern):
     """Learn a byte-level BPE of `vocab_size` tokens, or fewer if no pair is left that occurs twice. `pattern` cuts text
     into words, whose borders no token crosses. Returns {token bytes: rank}; ranks 0..255 are the single bytes.
-
     Candidates are counted by the bytes they would make, not by their two halves: tiktoken merges any neighbours whose
-    joined bytes are in the table. Ties go to the smallest bytes. A merge touches only the words that hold the pair."""
+    joined bytes are in the table. Ties go to the smallest bytes."""
     frequency = Counter(word for text in texts for word in regex.findall(pattern, text))
     words = {word: [bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in frequency}
     pair_count, pair_words = Counter(), defaultdict(set)          # joined bytes -> occurrences, words
@@ -157,8 +156,7 @@ def save_ranks(path, ranks):
 
 
 def read_ranks(path):
-    """The inverse of save_ranks, or None if the file is something else. (tiktoken's own reader caches by *path*: a
-    tokenizer trained again into the same file would come back as the old one.)"""
+    """The inverse of save_ranks, or None. (tiktoken's reader would return a file as it was when first read.)"""
     try:
         lines = [line.split() for line in Path(path).read_bytes().splitlines() if line]
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in lines} or None

@@ -4,18 +4,17 @@ The rule: at the current node draw ONE token from the target's own distribution 
 carries that token, move to the child and go on; otherwise emit the token and stop.
 
 Why the output is exactly the target's: every emitted token was drawn by the target, from its distribution given all
-the tokens emitted before it. The tree decides only whether the draw at the next position can be read off the same
-forward pass. This needs two things: the tree must not depend on the draws (it is drafted before them), and a node's
-logits must be those of its own path (the ancestor mask sees to that).
+the tokens emitted before it. The tree decides only whether the next draw can be read off the same forward pass. This
+needs two things: the tree must not depend on the draws (it is drafted without a look at them), and a node's logits must
+be those of its own path (the ancestor mask sees to that).
 
 Rejection sampling with q = 1, as in EAGLE's code (try the children in turn, accept x with probability p(x), else set
-p(x) = 0 and renormalise), reaches and takes child i with probability (1 - p_1 - .. - p_{i-1}) * p_i / (1 - p_1 - .. -
-p_{i-1}) = p_i, and what is left is p without the children: the same distribution, by one draw instead of many.
+p(x) = 0 and renormalise), also takes child i with probability p_i, and leaves p without the children: with s = p_1 +
+.. + p_{i-1} it reaches i with probability 1 - s, and takes it there with p_i / (1 - s). But it needs many draws.
 
-The draws can be made for all nodes at once, whether or not a node is reached: "walk down from the root" then becomes "a
-node is accepted if it and all its ancestors match", `accept`. And nodes of one depth may share a random number, as only
-one of them is ever reached: the engine has one for every position of a text, drawn before anything is drafted. So the
-same seed writes the same text, by any tree, at any temperature."""
+All nodes draw at once, reached or not: "walk down from the root" becomes "a node is accepted if it and all its
+ancestors match", `accept`. Nodes of one depth may share a random number, as only one of them is ever reached: the
+engine has one for every position of a text. So the same seed writes the same text, by any tree, at any temperature."""
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +50,11 @@ def warp(logits, sampling):
 
 
 def choose(logits, sampling, uniform):
-    """The target's next token after every node: logits [B, N, V], uniform [B, N] random numbers -> [B, N]."""
-    if sampling.temperature == 0:
-        return score_nodes(logits, temperature=0.0)[0]
-    if sampling.top_k or sampling.top_p < 1:
-        return score_nodes(warp(logits, sampling), temperature=1.0, uniform=uniform)[0]
-    return score_nodes(logits, temperature=sampling.temperature, uniform=uniform)[0]
+    """The target's next token after every node: logits [B, N, V], uniform [B, N] random numbers, if T > 0 -> [B, N]."""
+    temperature = sampling.temperature
+    if temperature > 0 and (sampling.top_k or sampling.top_p < 1):
+        logits, temperature = warp(logits, sampling), 1.0
+    return score_nodes(logits, temperature=temperature, uniform=uniform)[0]
 
 
 def accept(tree, choice, width):
@@ -74,8 +72,8 @@ def accept(tree, choice, width):
 
 
 def verify(logits, tree, sampling, width, uniform=None):
-    """logits [B, N, V] after each node of the tree; uniform [B, N] random numbers, if T > 0 -> path, num_accepted as `accept` returns them; emitted [B, width]:
-    the accepted tokens, then the token the target adds itself, then padding."""
+    """logits [B, N, V] after each node of the tree; uniform [B, N], see `choose` -> path, num_accepted, see `accept`;
+    emitted [B, width]: the accepted tokens, then the token the target adds itself, then padding."""
     path, num_accepted, bonus = accept(tree, choose(logits, sampling, uniform), width)
     drafted = tree.tokens.gather(1, path).roll(-1, dims=1)             # path tokens without the root
     return path, num_accepted, drafted.scatter(1, num_accepted[:, None], bonus[:, None])

@@ -17,7 +17,7 @@ from gto.config import Config
 from gto.data import prepare
 from gto.engine import Engine
 from gto.ltd import __main__ as ltd, ppo
-from gto.ltd.policy import Learned, load_policy, mlp, save_policy
+from gto.ltd.ppo import Learned, load_policy, mlp, save_policy
 from gto.ltd.replay import Recording, best_fixed, decide, drive, oracle, record, replay, seconds_by_choice
 from gto.policy import AdaptiveEngine, Costs, Fixed, Rule, Space, costs_here, policy_path
 from gto.tree import TreeShape

@@ -20,7 +20,7 @@ from gto.checkpoint import finish, load_target, remember_config, save
 from gto.config import Config
 from gto.data import Corpus, prepare
 from gto.ltd import __main__ as ltd
-from gto.ltd.policy import Learned, save_policy
+from gto.ltd.ppo import Learned, save_policy
 from gto.policy import Space
 from gto.released import export
 from gto.tokenizer import save_ranks

@@ -9,8 +9,7 @@ import torch
 from gto.checkpoint import load_config, load_head, load_target
 from gto.data import PROMPT, Corpus
 from gto.evaluate import paired
-from gto.ltd.policy import Learned, save_policy
-from gto.ltd.ppo import learn
+from gto.ltd.ppo import Learned, learn, save_policy
 from gto.ltd.replay import best_fixed, decide, drive, oracle, record, replay, seconds_by_choice
 from gto.policy import Rule, costs_here, policy_path
 from gto.util import argument_parser, main_guard, one_thread_if_small, start, table, write_text
@@ -20,7 +19,7 @@ TRAIN, VALIDATE, TEST = 64, 16, 48        # texts to learn from, to choose betwe
 
 
 def compare(target, head, costs, prompts, held_out, positions, path):
-    """Learn from greedy texts, save the policy and its gain over the rule. -> rows: ways to choose, on held-out texts."""
+    """Learn from greedy texts; save the policy, its gain over the rule. -> rows: ways to choose, on held-out texts."""
     space, rows, seconds = costs.space, [], seconds_by_choice(costs)
     train, others = (record(target, head, some, positions, space) for some in (prompts[:TRAIN], prompts[TRAIN:]))
     learned = Learned(space, HIDDEN[target.norm.weight.device.type])
@@ -31,15 +30,15 @@ def compare(target, head, costs, prompts, held_out, positions, path):
     for T in (0.0, 1.0):
         recording = record(target, head, held_out, positions, space, T)
         fixed, _ = best_fixed(recording, seconds, space)                              # of these very texts: hindsight
-        found = {f"best fixed, {fixed.shape}": replay(recording, seconds, *decide(fixed, recording)),
-                 "rule": drive(Rule(costs), recording, costs),
-                 "LTD": replay(recording, asked, *decide(learned, recording)),
-                 "oracle": replay(recording, seconds, *oracle(recording, seconds))}
-        plain, best = 1 / costs.verify[0], next(iter(found.values()))
-        for name, result in found.items():
+        best = replay(recording, seconds, *decide(fixed, recording))
+        for name, result in ((f"best fixed, {space.top_k},{fixed.depth},{fixed.nodes}", best),
+                             ("rule", drive(Rule(costs), recording, costs)),
+                             ("LTD", replay(recording, asked, *decide(learned, recording))),
+                             ("oracle", replay(recording, seconds, *oracle(recording, seconds)))):
             gain, error = paired(100 * (result.tokens / result.seconds) / (best.tokens / best.seconds), 100)
             rows.append({"T": f"{T:g}", "head": path.stem.removeprefix("policy-"), "": name, "tau": result.tau,
-                         "tokens/s": f"{result.rate:.0f}", "over plain decoding": f"{result.rate / plain:.2f}",
+                         "tokens/s": f"{result.rate:.0f}",
+                         "over plain decoding": f"{result.rate * costs.verify[0]:.2f}",
                          "over best fixed, %": f"{gain:+.1f} ± {error:.1f}"})
     return rows
 
@@ -57,11 +56,11 @@ def main():
     one_thread_if_small(target)
     prompts = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
     held_out, rows = corpus.prompt_ids(TEST), []
-    heads = {name: load_head(out / f"{name}.pt", target, target.norm.weight.dtype) for name in ("draft", "gto")}
-    for name, head in heads.items():
+    heads = {path: load_head(path, target, target.norm.weight.dtype) for path in (out / "draft.pt", out / "gto.pt")}
+    for path, head in heads.items():
         torch.manual_seed(config.seed)
-        path, costs = policy_path(out / f"{name}.pt"), costs_here(out, target, head)
-        rows += compare(target, head, costs, prompts, held_out, config.eval_tokens, path)
+        costs = costs_here(out, target, head)
+        rows += compare(target, head, costs, prompts, held_out, config.eval_tokens, policy_path(path))
     write_text(out / "ltd.md", table(rows) + "\n")
     print(table(rows))
 

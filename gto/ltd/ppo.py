@@ -1,20 +1,61 @@
-"""Learning both policies from a recording by proximal policy optimisation (PPO, Schulman et al., arXiv 1707.06347).
+"""The learned policy, two small networks that answer what gto/policy.py asks; and how they learn from a recording, by
+proximal policy optimisation (PPO, Schulman et al., arXiv 1707.06347).
 
 An episode is a cycle, its reward its tokens minus what its time is worth at `rate` tokens a second: at the best speed
 the best policy's mean is 0, others' below. (The paper's, a cycle's throughput, weighs short cycles like long ones.)"""
+from dataclasses import asdict
 from functools import partial
 
 import torch
+from torch import nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gto.ltd.policy import mlp
+from gto.checkpoint import read, save
 from gto.ltd.replay import decide, replay
+from gto.policy import Fixed, Space
+from gto.util import reading
 
 ROUNDS, UPDATES, BUFFER = 3, 14, 2048      # rounds of both policies, updates a round, decisions an update; paper: 1.1 M
 MINIBATCH, EPOCHS, ENTROPY, LEARNING_RATE = 256, 20, 0.01, 1e-3                       # the paper's
 CLIP, VALUE_WEIGHT, MAX_NORM = 0.2, 0.5, 0.5                                          # usual values
+
+
+def mlp(*widths):
+    layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Learned(nn.Module):
+    """Both actors see `observe`. hidden: width of the hidden layer; the size actor has a second, a quarter as wide."""
+    waits, learn = Fixed.waits, Fixed.learn
+
+    def __init__(self, space, hidden):
+        super().__init__()
+        self.space, self.hidden, self.width = space, hidden, 2 + space.top_k + space.sizes[-1]
+        self.depth_actor = mlp(self.width, hidden, 2)                                 # go on, stop
+        self.size_actor = mlp(self.width, hidden, hidden // 4, len(space.sizes))
+
+    def stop(self, observation):
+        return self.depth_actor(observation).argmax(-1) == 1
+
+    def size(self, observation):
+        return self.size_actor(observation).argmax(-1)
+
+
+def save_policy(path, policy, gain):
+    """gain: how much faster than the rule a Learned policy has proved to be, as a share."""
+    save(path, kind="policy", space=asdict(policy.space), hidden=policy.hidden, gain=gain, model=policy.state_dict())
+
+
+def load_policy(path):
+    """-> a Learned policy, on the CPU, where it is asked; its gain over the rule."""
+    contents = read(path, "policy")
+    with reading(path):
+        policy = Learned(Space(**contents["space"]), contents["hidden"])
+        policy.load_state_dict(contents["model"])
+        return policy.requires_grad_(False), float(contents["gain"])
 
 
 def learn(policy, recording, costs, rate):

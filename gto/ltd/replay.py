@@ -43,8 +43,7 @@ def record(target, head, prompts, positions, space, T=0.0):
 
 
 def seconds_by_choice(costs, policy=None):
-    """Seconds of a cycle by depth and size, [levels, sizes], with the time a policy takes to answer, if there is one. A
-    size that a draft cannot fill is charged as if it could."""
+    """Seconds of a cycle [levels, sizes], a policy's answers included. A size that is not filled costs the same."""
     seconds, depths = torch.tensor(costs.draft[:, None] + costs.verify).float(), torch.arange(1, costs.space.depth + 1)
     if policy is None:
         return seconds
@@ -55,14 +54,12 @@ def seconds_by_choice(costs, policy=None):
 
 
 class Replayed(NamedTuple):
-    """All texts, decoded."""
     tokens: torch.Tensor    # [texts]
     seconds: torch.Tensor   # [texts]
     roots: list             # where cycles begin
 
     @property
     def rate(self):
-        """Tokens a second."""
         return (self.tokens.sum() / self.seconds.sum()).item()
 
     @property
@@ -90,10 +87,9 @@ def drive(policy, recording, costs):
     def cycle(root):
         accepted, took = 0, costs.verify[0]
         if not policy.waits():
-            level = 0
-            while level < costs.space.depth - 1 and not policy.stop(recording.observation[root, level]):
-                level += 1
-            size = int(policy.size(recording.observation[root, level]))
+            seen, last = recording.observation[root], costs.space.depth - 1
+            level = next(i for i in range(last + 1) if i == last or policy.stop(seen[i]))
+            size = int(policy.size(seen[level]))
             accepted, took = recording.accepted[root, level, size].item(), costs.draft[level] + costs.verify[size]
         policy.learn(accepted)
         return accepted, took

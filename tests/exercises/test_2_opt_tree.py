@@ -14,7 +14,7 @@ more than a tenth of a token: thresholds begin there. (The paper expands n nodes
 Add      `opt_tree(head, hidden, root, prefix, shape, temperature, threshold)` in gto/tree.py, arguments as those of
          `draft_tree`. -> Tree
 Size     about 15 lines, with its docstring
-Hint     `draft_candidates` and `rerank`; gto/ltd/engine.py grows a draft level by level, too
+Hint     `draft_candidates` and `rerank`; `AdaptiveEngine` grows a draft level by level, too
 Run      python -m pytest -m exercise tests/exercises/test_2_opt_tree.py
 Then     draft with it in `Engine.draft`, on a CPU, and look for a fixed shape that is faster"""
 import itertools
@@ -25,6 +25,7 @@ import torch
 
 import gto.tree
 from gto.engine import Engine
+from gto.model import Prefix
 from gto.tree import TreeShape
 from tests.exercises.task import asked_for
 from tests.test_tree import brute_force, paths_of
@@ -40,7 +41,8 @@ def drafts(prompts, shape, thresholds=THRESHOLDS):
     opt_tree = asked_for(gto.tree, "opt_tree")
     engine, passes = Engine(target, head, shape, batch=len(prompts), score_temp=1.0), []
     roots, found = engine.prefill(prompts), []
-    hidden, root, prefix = engine.extend()
+    root, draft = engine.begin()
+    hidden, prefix = draft.hidden[:, 0], Prefix(engine.head_cache, engine.length)
     head.register_forward_hook(lambda *_: passes.append(None))
     for threshold in thresholds:
         passes.clear()
