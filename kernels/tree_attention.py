@@ -1,15 +1,13 @@
 """Tree attention: N new tokens per tree attend to a cached prefix and, under an ancestor mask, to each other.
 
-The kernel in ten lines. The H/G query heads that share a key head see the same keys, so (node, head of the group)
-pairs are the rows of one matrix: N = 1 still fills a tensor core tile, and a key is loaded once for all of them. A
-program owns BLOCK_M rows of one tree and one key head, and one *split* of the prefix: a tree of 60 nodes has far fewer
-row blocks than a GPU has processors, so the prefix is cut and each piece attended to separately. A program walks over
-its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of exp(score - largest) and the
-weighted sum of values, which it scales down whenever a larger score turns up: the scores never leave the chip. The last
-split goes on with the tree's own keys, the only ones that need the ancestor mask. Every split writes its normalised
-output and its log-sum-exp; a second kernel averages the outputs, weighted by exp(log-sum-exp).
-The number of splits depends on shapes only; where a split begins is worked out from the length *on the device*, so
-that nothing waits for the host and one captured CUDA graph serves every length."""
+The H/G query heads that share a key head see the same keys, so (node, head of the group) pairs are the rows of one
+matrix: N = 1 still fills a tensor core tile, and a key is loaded once for all. A program owns BLOCK_M rows of one tree
+and key head, and one *split* of the prefix, which is cut because a tree of 60 nodes has fewer row blocks than a GPU has
+processors. It walks over its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of
+exp(score - largest) and the weighted sum of values, scaled down whenever a larger score turns up. The last split goes
+on with the tree's own keys, the only ones under the ancestor mask. A second kernel averages the splits' outputs,
+weighted by exp(log-sum-exp). How many splits there are depends on shapes only, where one begins is worked out from the
+length *on the device*: nothing waits for the host, and one captured CUDA graph serves every length."""
 import math
 
 import torch
@@ -61,7 +59,7 @@ def _attend(q, k, v, visible, scale, top, total, acc):
 def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, length_ptr, sequence_ptr, out_ptr,
                       lse_ptr, q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s,
                       vc_c, vc_g, vc_s, N, M, G, splits, scale, GROUP: tl.constexpr, D: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL: tl.constexpr):
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     row_blocks = tl.cdiv(N * GROUP, BLOCK_M)
     row_block = tl.program_id(0) % row_blocks              # fastest: programs that share keys run side by side
     split = tl.program_id(1)
@@ -109,7 +107,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
     out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * G * GROUP + head
-    if PARTIAL:
+    if lse_ptr is not None:
         tl.store(lse_ptr + out_row, top + tl.log2(total), mask=valid)   # -inf for an empty split: weight 0
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + out_row[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
@@ -117,20 +115,16 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
 
 
 @triton.jit
-def _combine_kernel(part_ptr, lse_ptr, out_ptr, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    split = tl.arange(0, SPLITS)
-    at = split.to(tl.int64)[:, None] * rows + row[None, :]                              # [SPLITS, ROWS]
-    lse = tl.load(lse_ptr + at, mask=(split < splits)[:, None] & (row < rows)[None, :], other=float("-inf"))
-    weight = tl.exp2(lse - tl.maximum(tl.max(lse, axis=0), -1e30)[None, :])
+def _combine_kernel(part_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, split, dims = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    at = split * tl.num_programs(0) + row                                               # [SPLITS]
+    lse = tl.load(lse_ptr + at, mask=split < splits, other=float("-inf"))
+    weight = tl.exp2(lse - tl.maximum(tl.max(lse, axis=0), -1e30))
     total = tl.sum(weight, axis=0)
-    dims = tl.arange(0, BLOCK_D)
-    part = tl.load(part_ptr + at[:, :, None] * D + dims[None, None, :],                 # empty splits are not read
-                   mask=(weight > 0)[:, :, None] & (dims < D)[None, None, :], other=0.0)
-    out = tl.sum(part * weight[:, :, None], axis=0) / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=(row < rows)[:, None] & (dims < D)[None, :])
+    part = tl.load(part_ptr + at[:, None] * D + dims[None, :],                          # empty splits are not read
+                   mask=(weight > 0)[:, None] & (dims < D)[None, :], other=0.0)
+    out = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
 
 
 def architecture(device):
@@ -148,8 +142,7 @@ def split_count(programs, capacity, device):
 def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     (B, H, N, D), (G, M), S = q.shape, k.shape[1:3], k_cache.shape[2]
     rows, BLOCK_D = N * H // G, max(16, triton.next_power_of_2(D))                    # rows per key head
-    # 60 nodes x 4 heads in two blocks, not four, pull the keys through L2 twice: behind 32,768 tokens, 8 key heads, it
-    # is 0.27 GB a layer, 49 us at 5.5 TB/s, where an H200's memory takes 28 us for the keys themselves. On a Hopper,
+    # Every block of rows pulls all keys through L2, so two for 60 nodes x 4 heads are better than four. On a Hopper,
     # whose products read shared memory, 128 rows fit, if the prefix is split; elsewhere they spill, as wide heads do.
     wide = max(BLOCK_D, 128) // 128
     tall = architecture(q.device) == 9 and split_count(B * G * triton.cdiv(rows, 128 // wide), S, q.device) > 1
@@ -166,9 +159,7 @@ def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None
         q, k, v, mask, k_cache, v_cache, length, sequence, part, lse, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], N, M, G, splits,
         math.log2(math.e) / math.sqrt(D), GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
-        PARTIAL=splits > 1, num_warps=warps, num_stages=stages)
+        num_warps=warps, num_stages=stages)
     if splits > 1:
-        ROWS = max(1, 32 // triton.next_power_of_2(splits))
-        _combine_kernel[(triton.cdiv(B * N * H, ROWS),)](
-            part, lse, out, B * N * H, splits, D=D, SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
+        _combine_kernel[(B * N * H,)](part, lse, out, splits, D, triton.next_power_of_2(splits), BLOCK_D)
     return out.transpose(1, 2)
