@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gto.util import UserError
 from kernels.acceptance import propose
-from kernels.draft import frontier
+from kernels.fused import frontier
 
 
 @dataclass
