@@ -22,8 +22,7 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
     logits   [B, N, V]  the target's logits after each node; -inf masks a token out
     tokens   [B, M]     node tokens; node 0 is the root. None: only the choices are wanted, log_prob is None
     parents  [B, M]     where in `logits` each node's parent is: with M > N, those of leaves are not there
-    temperature         0: the choice is the arg-max (the lowest index among ties), and log_prob is at temperature 1;
-                        otherwise both are at this temperature
+    temperature         of both; 0: the choice is the arg-max, the lowest index among ties, and log_prob is at 1
     uniform  [B, N]     random numbers in [0, 1), one per node, needed where temperature > 0
     Returns  choice [B, N] int64, the target's next token after each node;
              log_prob [B, M] float32, log T(token of the node | prefix, ancestors); 0 for the root"""
@@ -63,11 +62,10 @@ def _scan_kernel(logits_ptr, top_ptr, sum_ptr, best_ptr, index_ptr, logits_row, 
     """One chunk of one row: its largest logit, the sum of exp(logit - largest), and the K best and where they are."""
     out = tl.program_id(0)        # one dimension: a grid's others end at 65,535, and a training step has as many rows
     chunks: tl.constexpr = triton.cdiv(V, CHUNK)
-    here = tl.arange(0, CHUNK)
-    at = out % chunks * CHUNK + here
     # int64: B * N * V passes 2^31 from 280 trees of 60 nodes at V = 128k.
-    x = tl.load(logits_ptr + (out // chunks).to(tl.int64) * logits_row + at, mask=at < V, other=float("-inf"))
-    x = x.to(tl.float32)
+    row, here = (out // chunks).to(tl.int64), tl.arange(0, CHUNK)
+    at = out % chunks * CHUNK + here
+    x = tl.load(logits_ptr + row * logits_row + at, mask=at < V, other=float("-inf")).to(tl.float32)
     # A chunk may be masked out entirely: a finite maximum keeps -inf - -inf = NaN away.
     top = tl.maximum(tl.max(x, axis=0), -1e20)
     tl.store(top_ptr + out, top)

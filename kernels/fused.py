@@ -1,7 +1,6 @@
 """The small steps of decoding, each one kernel instead of three to a dozen: the element-wise ones of a decoder layer,
-which read their input once and compute in float32, and the bookkeeping of a draft.
-
-A cycle runs hundreds of kernels that each last about as long as it takes to start one: fewer are faster."""
+which read their input once and compute in float32, and the bookkeeping of a draft. A cycle runs hundreds of kernels
+that each last about as long as it takes to start one: fewer are faster."""
 import torch
 
 from kernels import tl, triton, use_triton
@@ -100,17 +99,16 @@ def silu_mul(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     F = gate_up.shape[-1] // 2
-    rows, out = gate_up.reshape(-1, 2 * F), gate_up.new_empty(*gate_up.shape[:-1], F)
-    _silu_mul_kernel[(len(rows), triton.cdiv(F, 1024))](rows, out, rows.stride(0), F, BLOCK=1024)
+    out = gate_up.new_empty(*gate_up.shape[:-1], F)
+    _silu_mul_kernel[(out.numel() // F, triton.cdiv(F, 1024))](gate_up.contiguous(), out, F, BLOCK=1024)
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, F, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + row * row_stride + f, mask=f < F, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * row_stride + F + f, mask=f < F, other=0.0).to(tl.float32)
+def _silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
+    row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up_ptr + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * F + f, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=f < F)
 
 

@@ -4,8 +4,8 @@ import torch
 
 class Graphs:
     """Calls parts of a cycle; on a GPU each is a CUDA graph, captured when its key first comes. Its result stays until
-    its next call, or that of a graph captured before it: an engine's graphs share a memory pool. Each engine captures
-    on its own stream: else they share cuBLAS' workspace, and free it."""
+    its next call, or that of a graph captured before it: an engine's graphs share a memory pool, where a result is safe
+    from later ones only. Each engine captures on its own stream: else they share cuBLAS' workspace, and free it."""
 
     def __init__(self, device, state):
         """state: tensors that a part changes in place; the warm-up before a capture leaves them as they were."""
@@ -33,6 +33,5 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = part()
-        for x, was in zip(self.state, before):
-            x.copy_(was)
+        torch._foreach_copy_(self.state, before)
         return graph, result

@@ -28,7 +28,6 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     Returns  [B, H, N, D] in q's dtype; softmax(q k / sqrt(D)) v, accumulated in float32."""
     if use_triton(q):
         return tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence)
-    # One softmax over [prefix, tree], as a student would write it.
     (B, H, N, D), G = q.shape, k.shape[1]
     # A CPU reads the longest prefix. A GPU would wait for that number, and a graph cannot: all of the cache, masked.
     S = int(length.max()) if q.device.type == "cpu" else k_cache.shape[2]
@@ -44,9 +43,12 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
 
 
 @triton.jit
-def _attend(q, k, v, visible, scale, top, total, acc):
-    """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction.
-    "ieee" concerns float32 only: greedy decoding must be exact, and tf32 would round its products to 10 bits."""
+def _attend(q, k_at, v_at, exists, inside, visible, scale, top, total, acc):
+    """Add a block of keys, of which some exist, to the running softmax: q [M, D], keys at k_at [D, N], values at
+    v_at [N, D], inside [D]: dimensions below D. Base 2: exp2 is one instruction. "ieee" concerns float32 only: greedy
+    decoding must be exact, and tf32 would round its products to 10 bits."""
+    k = tl.load(k_at, mask=exists[None, :] & inside[:, None], other=0.0)
+    v = tl.load(v_at, mask=exists[:, None] & inside[None, :], other=0.0)
     scores = tl.where(visible, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_top[:, None])
@@ -71,10 +73,10 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
 
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     node, head = rows // GROUP, g * GROUP + rows % GROUP
-    valid = rows < N * GROUP
     keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    valid, inside = rows < N * GROUP, dims < D
     q = tl.load(q_ptr + b * q_b + (head * q_h + node * q_n)[:, None] + dims[None, :],
-                mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+                mask=valid[:, None] & inside[None, :], other=0.0)
 
     # A finite start for the maximum: while a row has seen no key, exp2(-inf - top) is 0. With -inf it would be NaN.
     top = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -88,9 +90,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
     v_at = v_cache_ptr + c * vc_c + g * vc_g + start.to(tl.int64) * vc_s + dims[None, :] + keys[:, None] * vc_s
     for first in range(start, end, BLOCK_N):
         seen = first + keys < end
-        k = tl.load(k_at, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
-        v = tl.load(v_at, mask=seen[:, None] & (dims < D)[None, :], other=0.0)
-        top, total, acc = _attend(q, k, v, seen[None, :], scale, top, total, acc)
+        top, total, acc = _attend(q, k_at, v_at, seen, inside, seen[None, :], scale, top, total, acc)
         k_at += BLOCK_N * kc_s
         v_at += BLOCK_N * vc_s
 
@@ -98,12 +98,10 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
     mask_row = mask_ptr + b * mask_b + node * mask_n
     for first in range(0, tl.where(split == splits - 1, M, 0), BLOCK_N):
         m = first + keys
-        k = tl.load(k_ptr + b * k_b + g * k_g + m[None, :] * k_m + dims[:, None],
-                    mask=(m < M)[None, :] & (dims < D)[:, None], other=0.0)
-        v = tl.load(v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :],
-                    mask=(m < M)[:, None] & (dims < D)[None, :], other=0.0)
+        k_at = k_ptr + b * k_b + g * k_g + m[None, :] * k_m + dims[:, None]
+        v_at = v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :]
         visible = tl.load(mask_row[:, None] + m[None, :] * mask_m, mask=valid[:, None] & (m < M)[None, :], other=0) != 0
-        top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
+        top, total, acc = _attend(q, k_at, v_at, m < M, inside, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
     out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * G * GROUP + head
@@ -111,7 +109,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
         tl.store(lse_ptr + out_row, top + tl.log2(total), mask=valid)   # -inf for an empty split: weight 0
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + out_row[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=valid[:, None] & (dims < D)[None, :])
+             mask=valid[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -133,8 +131,7 @@ def architecture(device):
 
 
 def split_count(programs, capacity, device):
-    """As few splits as fill the GPU: a split's partial output in float32 costs as much traffic as its keys do when
-    rows and keys are equally many. Nor is a split worth its overhead below two blocks of keys."""
+    """As few as fill the GPU, of two blocks of keys at least: every split's output, in float32, costs traffic, too."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return max(1, min(processors // programs, capacity // 128, 64))
 
