@@ -122,8 +122,7 @@ def frontier(scores, tokens, hidden, seen, older):
     older                       candidates before this level
     Returns  score, token [B, k]; feature [B, k, dim] of each one's proposer; seen [B, k, M + k]: what its proposer
              saw, and itself; parents [B, k, k]: the number among all candidates, + 1, for each one's k children"""
-    (B, m, dim), M = hidden.shape, seen.shape[2]
-    k = scores.shape[1] // m
+    (B, m, dim), M, k = hidden.shape, seen.shape[2], scores.shape[1] // hidden.shape[1]
     if not use_triton(scores):
         score, best = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
         origin = (best // k)[..., None]                                               # [B, k, 1] who proposed them

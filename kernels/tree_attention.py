@@ -125,11 +125,6 @@ def _combine_kernel(part_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, SPLITS:
     tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
 
 
-def architecture(device):
-    """The major number of a GPU's compute capability; without one that of an H100."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
 def split_count(programs, capacity, device):
     """As few as fill the GPU, of two blocks of keys at least: every split's output, in float32, costs traffic, too."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
@@ -139,12 +134,8 @@ def split_count(programs, capacity, device):
 def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     (B, H, N, D), (G, M), S = q.shape, k.shape[1:3], k_cache.shape[2]
     rows, BLOCK_D = N * H // G, max(16, triton.next_power_of_2(D))                    # rows per key head
-    # Every block of rows pulls all keys through L2, so two for 60 nodes x 4 heads are better than four. On a Hopper,
-    # whose products read shared memory, 128 rows fit, if the prefix is split; elsewhere they spill, as wide heads do.
-    wide = max(BLOCK_D, 128) // 128
-    tall = architecture(q.device) == 9 and split_count(B * G * triton.cdiv(rows, 128 // wide), S, q.device) > 1
-    BLOCK_M, BLOCK_N = min(max(16, triton.next_power_of_2(rows)), (128 if tall else 64) // wide), 64 // wide
-    warps, stages = 8 if rows > 32 else 4, 3
+    BLOCK_N = 64 * 128 // max(BLOCK_D, 128)                                           # wide heads spill registers
+    BLOCK_M, warps, stages = min(max(16, triton.next_power_of_2(rows)), BLOCK_N), 8 if rows > 32 else 4, 3
     if q.dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
         BLOCK_M, BLOCK_N, warps, stages = 16, 16, 4, 2
     programs = B * G * triton.cdiv(rows, BLOCK_M)
