@@ -22,7 +22,7 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
     logits   [B, N, V]  the target's logits after each node; -inf masks a token out
     tokens   [B, M]     node tokens; node 0 is the root. None: only the choices are wanted, log_prob is None
     parents  [B, M]     where in `logits` each node's parent is: with M > N, those of leaves are not there
-    temperature         of both; 0: the choice is the arg-max, the lowest index among ties, and log_prob is at 1
+    temperature         of both; 0: the choice is the arg-max (of ties the lowest index), log_prob at temperature 1
     uniform  [B, N]     random numbers in [0, 1), one per node, needed where temperature > 0
     Returns  choice [B, N] int64, the target's next token after each node;
              log_prob [B, M] float32, log T(token of the node | prefix, ancestors); 0 for the root"""

@@ -63,10 +63,9 @@ def rotate(x, cos, sin, norms=None):
         x1, x2 = x.float().chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
     (B, N, H, D), out = x.shape, x.new_empty(x.shape)
-    HEADS = min(8, triton.next_power_of_2(H))
-    _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
+    _rotate_kernel[(B * N, triton.cdiv(H, 8))](
         x, cos.contiguous(), sin.contiguous(), first, second, out, *x.stride()[:3], N, H, heads, eps,
-        HALF=D // 2, HEADS=HEADS, num_warps=2)
+        HALF=D // 2, HEADS=8, num_warps=2)
     return out
 
 

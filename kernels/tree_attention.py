@@ -98,10 +98,10 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
     mask_row = mask_ptr + b * mask_b + node * mask_n
     for first in range(0, tl.where(split == splits - 1, M, 0), BLOCK_N):
         m = first + keys
-        k_at = k_ptr + b * k_b + g * k_g + m[None, :] * k_m + dims[:, None]
-        v_at = v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :]
+        own_k = k_ptr + b * k_b + g * k_g + m[None, :] * k_m + dims[:, None]
+        own_v = v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :]
         visible = tl.load(mask_row[:, None] + m[None, :] * mask_m, mask=valid[:, None] & (m < M)[None, :], other=0) != 0
-        top, total, acc = _attend(q, k_at, v_at, m < M, inside, visible, scale, top, total, acc)
+        top, total, acc = _attend(q, own_k, own_v, m < M, inside, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
     out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * G * GROUP + head

@@ -44,5 +44,5 @@ def report(name, shapes):
     with torch.device("cuda"):
         target = cast(small_normal(Target(config)), torch.bfloat16)
         head = cast(small_normal(DraftHead(head_config, target)), torch.bfloat16)
-    return {"rows": [measure(target, head, context, shape, copy) for context in (512, 2048, 8192) for shape in shapes],
-            "copy_GB/s": copy / 1e9}
+    rows = [measure(target, head, context, shape, copy) for context in (512, 2048, 8192) for shape in shapes]
+    return {"rows": rows, "copy_GB/s": copy / 1e9}
