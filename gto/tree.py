@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gto.util import UserError
 from kernels.acceptance import propose
-from kernels.draft import frontier
+from kernels.fused import frontier
 
 
 @dataclass
@@ -78,17 +78,15 @@ def rows(x, index):
 
 
 class Draft(NamedTuple):
-    """A draft of some levels, before re-ranking: k candidates at the first level, k * k at every further one.
-
-    Candidates are numbered level by level, in groups of k siblings; `parents` holds number + 1, 0: the root. k = 2:
+    """A draft of some levels, before re-ranking: k candidates at the first level, k * k at every further one, numbered
+    level by level, in groups of k siblings; `parents` holds number + 1, 0: the root. With k = 2:
 
         level 1    0 1                    parents 0 0        frontier, best first: 1 0
         level 2    2 3 of 1, 4 5 of 0     parents 2 2 1 1    frontier, say: 3 5
         level 3    6 7 of 3, 8 9 of 5     parents 4 4 6 6
 
-    In its level node 5 is `best` = 3 (see `frontier`), so frontier node `best // k` = 1 proposed it; `older` = 2 stand
-    before the level, so it is number older + best. It saw what its proposer saw, and itself: k more columns of `seen`.
-    """
+    Two candidates are `older` than level 2, where node 5 = older + best is `best` = 3 (see `frontier`): frontier node
+    `best // k` = 1 proposed it. It saw what its proposer saw, and itself: k more columns of `seen`."""
     scores: tuple           # by level [B, n]: sums of draft log-probabilities from the root
     tokens: tuple           # by level [B, n]
     parents: tuple          # by level [B, n]: index among all candidates + 1, 0 is the root

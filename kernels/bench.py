@@ -1,8 +1,8 @@
 """Are the kernels faster than what PyTorch offers? One table per question, on one GPU: python -m kernels.bench
 
 A time is the median over replays of a CUDA graph, which holds one call after another. The calls walk over copies of the
-large input that together exceed the L2 cache several times, so that each finds it cold, as it is in a decoder that has
-just read gigabytes of weights. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
+large input that together exceed the L2 cache several times: each finds it cold, as a decoder does that has just read
+its weights. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
 import argparse
 import json
 import sys
@@ -16,9 +16,6 @@ from kernels import acceptance, tree_attention, triton
 COLD = 256 * 2**20                                                     # bytes to walk over: five L2 caches of an H200
 D = 128                                                                # head size
 compiled_flex = torch.compile(flex_attention, dynamic=False)
-plain_scoring = torch.enable_grad()(acceptance.score_nodes)             # with gradients on it is plain PyTorch
-plain_propose = torch.enable_grad()(acceptance.propose)
-compiled_scoring, compiled_propose = (torch.compile(f, dynamic=False) for f in (plain_scoring, plain_propose))
 
 
 def randn(*shape):
@@ -46,9 +43,7 @@ def attention(H, G, N, S):
     T = triton.cdiv(S + N, 16) * 16                                    # padded, or SDPA pads its mask in every call
     copies = 1 + COLD // (2 * G * T * D * 2)
     q, K, V = randn(1, H, N, D), randn(copies, 1, G, T, D), randn(copies, 1, G, T, D)
-    mask = torch.eye(N, dtype=torch.bool)
-    for j in range(1, N):
-        mask[j] |= mask[torch.randint(j, ())]                          # a child of any earlier node
+    mask = (torch.rand(N, N) < 0.2).tril() | torch.eye(N, dtype=torch.bool)  # its density is a tree's
     visible = torch.cat([mask.new_ones(N, S), mask, mask.new_zeros(N, T - S - N)], dim=1).cuda()
     rows, sees = q.view(1, G, H // G * N, D), visible.repeat(H // G, 1)  # heads that share keys become rows
     bias, tree = q.new_zeros(sees.shape).masked_fill(~sees, float("-inf")), slice(S, S + N)
@@ -67,28 +62,16 @@ def attention(H, G, N, S):
     return {"heads": f"{H}/{G}", "nodes": N, "prefix": S} | microseconds(calls, copies, want, 2e-2)
 
 
-def scoring(temperature, N=60, V=128_256):
-    """What the target would choose after each of N nodes, and what it thinks of the nodes' tokens."""
+def reading(operation, log_prob, N, V, *rest):
+    """`operation` on N rows of V logits and the rest; `log_prob`: which of its results, the one to compare."""
     copies = 1 + COLD // (N * V * 2)
     logits, target = 3 * randn(copies, 1, N, V), randn(1, N, V)
-    tokens, uniform = torch.randint(V, (1, N), device="cuda"), torch.rand(1, N, device="cuda")
-    rest = tokens, (torch.arange(N, device="cuda") - 1).clamp(min=0)[None], temperature, uniform
-    calls = {"ours": lambda i: acceptance.score_nodes(logits[i], *rest)[1],
-             "compiled PyTorch": lambda i: compiled_scoring(logits[i], *rest)[1],
+    plain = torch.enable_grad()(operation)                             # with gradients on it is plain PyTorch
+    compiled = torch.compile(plain, dynamic=False)
+    calls = {"ours": lambda i: operation(logits[i], *rest)[log_prob],
+             "compiled PyTorch": lambda i: compiled(logits[i], *rest)[log_prob],
              "copy": lambda i: target.copy_(logits[i])}
-    _, want = plain_scoring(logits[0].double(), *rest)
-    return {"temperature": temperature} | microseconds(calls, copies, want, 1e-4)
-
-
-def proposing(N, V=32_000, k=10):
-    """The k best of a head's logits after each of N nodes, at an EAGLE-3 head's vocabulary."""
-    copies = 1 + COLD // (N * V * 2)
-    logits, target, token_ids = 3 * randn(copies, N, V), randn(N, V), torch.arange(V, device="cuda")
-    calls = {"ours": lambda i: acceptance.propose(logits[i], token_ids, k, 1.0)[0],
-             "compiled PyTorch": lambda i: compiled_propose(logits[i], token_ids, k, 1.0)[0],
-             "copy": lambda i: target.copy_(logits[i])}
-    want, _ = plain_propose(logits[0].double(), token_ids, k, 1.0)
-    return {"nodes": N} | microseconds(calls, copies, want, 1e-4)
+    return microseconds(calls, copies, plain(logits[0].double(), *rest)[log_prob], 1e-4)
 
 
 @torch.no_grad()
@@ -99,10 +82,16 @@ def main():
         sys.exit(2)
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64                          # flex_attention compiles once per shape
+    # The nodes to score are a chain; 32,000 tokens are an EAGLE-3 head's vocabulary.
+    tokens, uniform = torch.randint(128_256, (1, 60), device="cuda"), torch.rand(1, 60, device="cuda")
+    parents, token_ids = (torch.arange(60, device="cuda") - 1).clamp(min=0)[None], torch.arange(32_000, device="cuda")
     questions = {"tree attention": [attention(32, G, N, S) for G in (8, 32) for N in (1, 16, 60)
                                     for S in (512, 4096, 32768)],
-                 "scoring 60 nodes x 128,256 logits": [scoring(temperature) for temperature in (0.0, 1.0)],
-                 "the 10 best of 32,000 logits": [proposing(N) for N in (1, 10)]}
+                 "scoring 60 nodes x 128,256 logits": [
+                     {"temperature": T} | reading(acceptance.score_nodes, 1, 60, 128_256, tokens, parents, T, uniform)
+                     for T in (0.0, 1.0)],
+                 "the 10 best of 32,000 logits": [
+                     {"nodes": N} | reading(acceptance.propose, 0, N, 32_000, token_ids, 10, 1.0) for N in (1, 10)]}
     for question, rows in questions.items():
         print(f"\nmicroseconds: {question}, bf16\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         for row in rows:

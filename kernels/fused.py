@@ -1,7 +1,6 @@
-"""The element-wise steps of a decoder layer, each one kernel instead of three to eight.
-
-Decoding one token runs hundreds of kernels that each last about as long as it takes to start one: here fewer kernels
-are faster, whatever they do. Every kernel reads its input once and computes in float32."""
+"""The small steps of decoding, each one kernel instead of three to a dozen: the element-wise ones of a decoder layer,
+which read their input once and compute in float32, and the bookkeeping of a draft. A cycle runs hundreds of kernels
+that each last about as long as it takes to start one: fewer are faster."""
 import torch
 
 from kernels import tl, triton, use_triton
@@ -32,15 +31,14 @@ def embed_norm_cat(tokens, table, token_weight, hidden, weight, eps):
 
 def launch_norm(x, index, delta, weight, total, out, eps):
     """The sum of x [R, C], or of its rows at `index` [R], and delta to `total`, its norm to `out`, [..., C] each."""
-    C, BLOCK = out.shape[-1], triton.next_power_of_2(out.shape[-1])
-    _add_rms_norm_kernel[(out.numel() // C,)](x, index, delta, weight, total, out, out.stride(-2), eps,
-                                              C=C, BLOCK=BLOCK, num_warps=min(max(BLOCK // 512, 1), 16))
+    C = out.shape[-1]
+    _add_rms_norm_kernel[(out.numel() // C,)](x, index, delta, weight, total, out, out.stride(-2), eps, C,
+                                              num_warps=min(max(triton.next_power_of_2(C) // 512, 1), 16))
 
 
 @triton.jit
-def _add_rms_norm_kernel(x_ptr, index_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, out_row, eps,
-                         C: tl.constexpr, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+def _add_rms_norm_kernel(x_ptr, index_ptr, delta_ptr, weight_ptr, sum_ptr, out_ptr, out_row, eps, C: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, triton.next_power_of_2(C))
     taken = row if index_ptr is None else tl.load(index_ptr + row)
     x = tl.load(x_ptr + taken * C + c, mask=c < C, other=0.0).to(out_ptr.dtype.element_ty)
     if delta_ptr is not None:
@@ -65,18 +63,17 @@ def rotate(x, cos, sin, norms=None):
         x1, x2 = x.float().chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
     (B, N, H, D), out = x.shape, x.new_empty(x.shape)
-    HEADS = min(8, triton.next_power_of_2(H))
-    _rotate_kernel[(B * N, triton.cdiv(H, HEADS))](
+    _rotate_kernel[(B * N, triton.cdiv(H, 8))](
         x, cos.contiguous(), sin.contiguous(), first, second, out, *x.stride()[:3], N, H, heads, eps,
-        HALF=D // 2, BLOCK=triton.next_power_of_2(D // 2), HEADS=HEADS, num_warps=2)
+        HALF=D // 2, HEADS=8, num_warps=2)
     return out
 
 
 @triton.jit
 def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, first_ptr, second_ptr, out_ptr, x_b, x_n, x_h, N, H, heads, eps,
-                   HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+                   HALF: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    head, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    head, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, triton.next_power_of_2(HALF))
     valid = (head < H)[:, None] & (d < HALF)[None, :]
     cos = tl.load(cos_ptr + token * HALF + d, mask=d < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * HALF + d, mask=d < HALF, other=0.0)[None, :]
@@ -101,16 +98,63 @@ def silu_mul(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     F = gate_up.shape[-1] // 2
-    rows, out = gate_up.reshape(-1, 2 * F), gate_up.new_empty(*gate_up.shape[:-1], F)
-    BLOCK = min(1024, triton.next_power_of_2(F))
-    _silu_mul_kernel[(len(rows), triton.cdiv(F, BLOCK))](rows, out, rows.stride(0), F, BLOCK=BLOCK)
+    out = gate_up.new_empty(*gate_up.shape[:-1], F)
+    _silu_mul_kernel[(out.numel() // F, triton.cdiv(F, 1024))](gate_up.contiguous(), out, F, BLOCK=1024)
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, row_stride, F, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + row * row_stride + f, mask=f < F, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * row_stride + F + f, mask=f < F, other=0.0).to(tl.float32)
+def _silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
+    row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up_ptr + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * F + f, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=f < F)
+
+
+def frontier(scores, tokens, hidden, seen, older):
+    """The k best candidates of a draft's newest level, which was proposed by m nodes, k children each; at a tie the
+    lowest index first.
+
+    scores, tokens [B, m * k]   of the candidates, siblings side by side
+    hidden [B, m, dim]          what their proposers put out
+    seen [B, m, M] bool         which nodes of earlier frontiers their proposers saw
+    older                       candidates before this level
+    Returns  score, token [B, k]; feature [B, k, dim] of each one's proposer; seen [B, k, M + k]: what its proposer
+             saw, and itself; parents [B, k, k]: the number among all candidates, + 1, for each one's k children"""
+    (B, m, dim), M, k = hidden.shape, seen.shape[2], scores.shape[1] // hidden.shape[1]
+    if not use_triton(scores):
+        score, best = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
+        origin = (best // k)[..., None]                                               # [B, k, 1] who proposed them
+        itself = torch.eye(k, dtype=torch.bool, device=best.device).expand(B, k, k)
+        sees = torch.cat([seen.gather(1, origin.expand(B, k, M)), itself], dim=2)
+        feature = hidden.gather(1, origin.expand(B, k, dim))
+        return score, tokens.gather(1, best), feature, sees, (older + best + 1)[..., None].expand(B, k, k)
+    score, token = scores.new_empty(B, k), tokens.new_empty(B, k)
+    feature, sees, parents = hidden.new_empty(B, k, dim), seen.new_empty(B, k, M + k), tokens.new_empty(B, k, k)
+    _frontier_kernel[(B * k,)](
+        scores, tokens, hidden.contiguous(), seen.contiguous(), score, token, feature, sees, parents, older, M, dim,
+        m=m, K=k, COLUMNS=triton.next_power_of_2(M + k))
+    return score, token, feature, sees, parents
+
+
+@triton.jit
+def _frontier_kernel(scores_ptr, tokens_ptr, hidden_ptr, seen_ptr, score_ptr, token_ptr, feature_ptr, sees_ptr,
+                     parents_ptr, older, M, dim, m: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """One node of the frontier: it finds the candidate that is `rank`-th best and copies what belongs to it."""
+    node, candidate = tl.program_id(0).to(tl.int64), tl.arange(0, triton.next_power_of_2(m * K))
+    b, rank = node // K, tl.program_id(0) % K
+    x = tl.load(scores_ptr + b * m * K + candidate, mask=candidate < m * K, other=float("-inf"))
+    x = tl.where(candidate < m * K, tl.maximum(x, -3e38), float("-inf"))              # only what is taken is -inf
+    for _ in range(rank):
+        x = tl.where(candidate == tl.argmax(x, axis=0), float("-inf"), x)
+    best = b * m * K + tl.argmax(x, axis=0)                                           # of all B * m * K
+    tl.store(score_ptr + node, tl.load(scores_ptr + best))
+    tl.store(token_ptr + node, tl.load(tokens_ptr + best))
+    child, column = tl.arange(0, triton.next_power_of_2(K)), tl.arange(0, COLUMNS)
+    tl.store(parents_ptr + node * K + child, older + best % (m * K) + 1, mask=child < K)
+    proposer = best // K
+    seen = tl.load(seen_ptr + proposer * M + column, mask=column < M, other=0) != 0
+    tl.store(sees_ptr + node * (M + K) + column, seen | (column == M + rank), mask=column < M + K)
+    for first in range(0, dim, 1024):
+        d = first + tl.arange(0, 1024)
+        tl.store(feature_ptr + node * dim + d, tl.load(hidden_ptr + proposer * dim + d, mask=d < dim), mask=d < dim)

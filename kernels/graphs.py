@@ -33,6 +33,5 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = part()
-        for x, was in zip(self.state, before):
-            x.copy_(was)
+        torch._foreach_copy_(self.state, before)
         return graph, result

@@ -1,15 +1,13 @@
 """Tree attention: N new tokens per tree attend to a cached prefix and, under an ancestor mask, to each other.
 
-The kernel in ten lines. The H/G query heads that share a key head see the same keys, so (node, head of the group)
-pairs are the rows of one matrix: N = 1 still fills a tensor core tile, and a key is loaded once for all of them. A
-program owns BLOCK_M rows of one tree and one key head, and one *split* of the prefix: a tree of 60 nodes has far fewer
-row blocks than a GPU has processors, so the prefix is cut and each piece attended to separately. A program walks over
-its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of exp(score - largest) and the
-weighted sum of values, which it scales down whenever a larger score turns up: the scores never leave the chip. The last
-split goes on with the tree's own keys, the only ones that need the ancestor mask. Every split writes its normalised
-output and its log-sum-exp; a second kernel averages the outputs, weighted by exp(log-sum-exp).
-The number of splits depends on shapes only; where a split begins is worked out from the length *on the device*, so
-that nothing waits for the host and one captured CUDA graph serves every length."""
+The H/G query heads that share a key head see the same keys, so (node, head of the group) pairs are the rows of one
+matrix: N = 1 still fills a tensor core tile, and a key is loaded once for all. A program owns BLOCK_M rows of one tree
+and key head, and one *split* of the prefix, which is cut because a tree of 60 nodes has fewer row blocks than a GPU has
+processors. It walks over its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of
+exp(score - largest) and the weighted sum of values, scaled down whenever a larger score turns up. The last split goes
+on with the tree's own keys, the only ones under the ancestor mask. A second kernel averages the splits' outputs,
+weighted by exp(log-sum-exp). How many splits there are depends on shapes only, where one begins is worked out from the
+length *on the device*: nothing waits for the host, and one captured CUDA graph serves every length."""
 import math
 
 import torch
@@ -30,7 +28,6 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     Returns  [B, H, N, D] in q's dtype; softmax(q k / sqrt(D)) v, accumulated in float32."""
     if use_triton(q):
         return tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence)
-    # One softmax over [prefix, tree], as a student would write it.
     (B, H, N, D), G = q.shape, k.shape[1]
     # A CPU reads the longest prefix. A GPU would wait for that number, and a graph cannot: all of the cache, masked.
     S = int(length.max()) if q.device.type == "cpu" else k_cache.shape[2]
@@ -46,9 +43,12 @@ def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
 
 
 @triton.jit
-def _attend(q, k, v, visible, scale, top, total, acc):
-    """Add a block of keys to the running softmax: q [M, D], k [D, N], v [N, D]. Base 2: exp2 is one instruction.
-    "ieee" concerns float32 only: greedy decoding must be exact, and tf32 would round its products to 10 bits."""
+def _attend(q, k_at, v_at, exists, inside, visible, scale, top, total, acc):
+    """Add a block of keys, of which some exist, to the running softmax: q [M, D], keys at k_at [D, N], values at
+    v_at [N, D], inside [D]: dimensions below D. Base 2: exp2 is one instruction. "ieee" concerns float32 only: greedy
+    decoding must be exact, and tf32 would round its products to 10 bits."""
+    k = tl.load(k_at, mask=exists[None, :] & inside[:, None], other=0.0)
+    v = tl.load(v_at, mask=exists[:, None] & inside[None, :], other=0.0)
     scores = tl.where(visible, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_top[:, None])
@@ -61,7 +61,7 @@ def _attend(q, k, v, visible, scale, top, total, acc):
 def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, length_ptr, sequence_ptr, out_ptr,
                       lse_ptr, q_b, q_h, q_n, k_b, k_g, k_m, v_b, v_g, v_m, mask_b, mask_n, mask_m, kc_c, kc_g, kc_s,
                       vc_c, vc_g, vc_s, N, M, G, splits, scale, GROUP: tl.constexpr, D: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL: tl.constexpr):
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     row_blocks = tl.cdiv(N * GROUP, BLOCK_M)
     row_block = tl.program_id(0) % row_blocks              # fastest: programs that share keys run side by side
     split = tl.program_id(1)
@@ -73,10 +73,10 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
 
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     node, head = rows // GROUP, g * GROUP + rows % GROUP
-    valid = rows < N * GROUP
     keys, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    valid, inside = rows < N * GROUP, dims < D
     q = tl.load(q_ptr + b * q_b + (head * q_h + node * q_n)[:, None] + dims[None, :],
-                mask=valid[:, None] & (dims < D)[None, :], other=0.0)
+                mask=valid[:, None] & inside[None, :], other=0.0)
 
     # A finite start for the maximum: while a row has seen no key, exp2(-inf - top) is 0. With -inf it would be NaN.
     top = tl.full([BLOCK_M], -1e30, tl.float32)
@@ -90,9 +90,7 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
     v_at = v_cache_ptr + c * vc_c + g * vc_g + start.to(tl.int64) * vc_s + dims[None, :] + keys[:, None] * vc_s
     for first in range(start, end, BLOCK_N):
         seen = first + keys < end
-        k = tl.load(k_at, mask=seen[None, :] & (dims < D)[:, None], other=0.0)
-        v = tl.load(v_at, mask=seen[:, None] & (dims < D)[None, :], other=0.0)
-        top, total, acc = _attend(q, k, v, seen[None, :], scale, top, total, acc)
+        top, total, acc = _attend(q, k_at, v_at, seen, inside, seen[None, :], scale, top, total, acc)
         k_at += BLOCK_N * kc_s
         v_at += BLOCK_N * vc_s
 
@@ -100,47 +98,35 @@ def _attention_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, k_cache_ptr, v_cache_ptr, l
     mask_row = mask_ptr + b * mask_b + node * mask_n
     for first in range(0, tl.where(split == splits - 1, M, 0), BLOCK_N):
         m = first + keys
-        k = tl.load(k_ptr + b * k_b + g * k_g + m[None, :] * k_m + dims[:, None],
-                    mask=(m < M)[None, :] & (dims < D)[:, None], other=0.0)
-        v = tl.load(v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :],
-                    mask=(m < M)[:, None] & (dims < D)[None, :], other=0.0)
+        own_k = k_ptr + b * k_b + g * k_g + m[None, :] * k_m + dims[:, None]
+        own_v = v_ptr + b * v_b + g * v_g + m[:, None] * v_m + dims[None, :]
         visible = tl.load(mask_row[:, None] + m[None, :] * mask_m, mask=valid[:, None] & (m < M)[None, :], other=0) != 0
-        top, total, acc = _attend(q, k, v, visible, scale, top, total, acc)
+        top, total, acc = _attend(q, own_k, own_v, m < M, inside, visible, scale, top, total, acc)
 
     # Rows of the output are (tree, node, head): the layout the next linear layer wants.
     out_row = split.to(tl.int64) * (tl.num_programs(0) // row_blocks * N * GROUP) + (b * N + node) * G * GROUP + head
-    if PARTIAL:
+    if lse_ptr is not None:
         tl.store(lse_ptr + out_row, top + tl.log2(total), mask=valid)   # -inf for an empty split: weight 0
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + out_row[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=valid[:, None] & (dims < D)[None, :])
+             mask=valid[:, None] & inside[None, :])
 
 
 @triton.jit
-def _combine_kernel(part_ptr, lse_ptr, out_ptr, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    split = tl.arange(0, SPLITS)
-    at = split.to(tl.int64)[:, None] * rows + row[None, :]                              # [SPLITS, ROWS]
-    lse = tl.load(lse_ptr + at, mask=(split < splits)[:, None] & (row < rows)[None, :], other=float("-inf"))
-    weight = tl.exp2(lse - tl.maximum(tl.max(lse, axis=0), -1e30)[None, :])
+def _combine_kernel(part_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, split, dims = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    at = split * tl.num_programs(0) + row                                               # [SPLITS]
+    lse = tl.load(lse_ptr + at, mask=split < splits, other=float("-inf"))
+    weight = tl.exp2(lse - tl.maximum(tl.max(lse, axis=0), -1e30))
     total = tl.sum(weight, axis=0)
-    dims = tl.arange(0, BLOCK_D)
-    part = tl.load(part_ptr + at[:, :, None] * D + dims[None, None, :],                 # empty splits are not read
-                   mask=(weight > 0)[:, :, None] & (dims < D)[None, None, :], other=0.0)
-    out = tl.sum(part * weight[:, :, None], axis=0) / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * D + dims[None, :], out.to(out_ptr.dtype.element_ty),
-             mask=(row < rows)[:, None] & (dims < D)[None, :])
-
-
-def architecture(device):
-    """The major number of a GPU's compute capability; without one that of an H100."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    part = tl.load(part_ptr + at[:, None] * D + dims[None, :],                          # empty splits are not read
+                   mask=(weight > 0)[:, None] & (dims < D)[None, :], other=0.0)
+    out = tl.sum(part * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
 
 
 def split_count(programs, capacity, device):
-    """As few splits as fill the GPU: a split's partial output in float32 costs as much traffic as its keys do when
-    rows and keys are equally many. Nor is a split worth its overhead below two blocks of keys."""
+    """As few as fill the GPU, of two blocks of keys at least: every split's output, in float32, costs traffic, too."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return max(1, min(processors // programs, capacity // 128, 64))
 
@@ -148,13 +134,8 @@ def split_count(programs, capacity, device):
 def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     (B, H, N, D), (G, M), S = q.shape, k.shape[1:3], k_cache.shape[2]
     rows, BLOCK_D = N * H // G, max(16, triton.next_power_of_2(D))                    # rows per key head
-    # 60 nodes x 4 heads in two blocks, not four, pull the keys through L2 twice: behind 32,768 tokens, 8 key heads, it
-    # is 0.27 GB a layer, 49 us at 5.5 TB/s, where an H200's memory takes 28 us for the keys themselves. On a Hopper,
-    # whose products read shared memory, 128 rows fit, if the prefix is split; elsewhere they spill, as wide heads do.
-    wide = max(BLOCK_D, 128) // 128
-    tall = architecture(q.device) == 9 and split_count(B * G * triton.cdiv(rows, 128 // wide), S, q.device) > 1
-    BLOCK_M, BLOCK_N = min(max(16, triton.next_power_of_2(rows)), (128 if tall else 64) // wide), 64 // wide
-    warps, stages = 8 if rows > 32 else 4, 3
+    BLOCK_N = 64 * 128 // max(BLOCK_D, 128)                                           # wide heads spill registers
+    BLOCK_M, warps, stages = min(max(16, triton.next_power_of_2(rows)), BLOCK_N), 8 if rows > 32 else 4, 3
     if q.dtype == torch.float32:  # exact products have no tensor cores: small blocks, or registers spill
         BLOCK_M, BLOCK_N, warps, stages = 16, 16, 4, 2
     programs = B * G * triton.cdiv(rows, BLOCK_M)
@@ -166,9 +147,7 @@ def tree_attention_triton(q, k, v, mask, k_cache, v_cache, length, sequence=None
         q, k, v, mask, k_cache, v_cache, length, sequence, part, lse, *q.stride()[:3], *k.stride()[:3],
         *v.stride()[:3], *mask.stride(), *k_cache.stride()[:3], *v_cache.stride()[:3], N, M, G, splits,
         math.log2(math.e) / math.sqrt(D), GROUP=H // G, D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
-        PARTIAL=splits > 1, num_warps=warps, num_stages=stages)
+        num_warps=warps, num_stages=stages)
     if splits > 1:
-        ROWS = max(1, 32 // triton.next_power_of_2(splits))
-        _combine_kernel[(triton.cdiv(B * N * H, ROWS),)](
-            part, lse, out, B * N * H, splits, D=D, SPLITS=triton.next_power_of_2(splits), ROWS=ROWS, BLOCK_D=BLOCK_D)
+        _combine_kernel[(B * N * H,)](part, lse, out, splits, D, triton.next_power_of_2(splits), BLOCK_D)
     return out.transpose(1, 2)

@@ -86,7 +86,7 @@ def call_attention(torch, tree_attention, settings):
 
 def call_the_rest(torch):
     """The other wrappers at an 8B model's shapes; they compute in float32 whatever they are given."""
-    from kernels import acceptance, draft, fused
+    from kernels import acceptance, fused
 
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype)
@@ -96,12 +96,12 @@ def call_the_rest(torch):
     acceptance.score_nodes_triton(empty(2048, 60, 300))    # as many rows as a training step may have
     for temperature in 0.0, 0.7:
         acceptance.score_nodes_triton(empty(1, 60, 128_256), tokens, tokens, temperature, uniform)
-    for module in acceptance, draft, fused:
+    for module in acceptance, fused:
         module.use_triton = lambda x: True
     for k in 10, 1:
         acceptance.propose(empty(1, k, 32_000), torch.arange(32_000), k, 1.0)
     for m, M in (1, 0), (10, 70):                          # the second level's frontier, and the last one's
-        draft.frontier(empty(1, 10 * m, dtype=torch.float32), torch.zeros(1, 10 * m, dtype=torch.long),
+        fused.frontier(empty(1, 10 * m, dtype=torch.float32), torch.zeros(1, 10 * m, dtype=torch.long),
                        empty(1, m, 4096), torch.ones(1, m, M, dtype=torch.bool), 10)
     x, weight, head_weight = empty(1, 60, 4096), empty(4096), empty(128)
     fused.add_rms_norm(x, x, weight, 1e-5)
@@ -118,7 +118,7 @@ def main(*architectures):
 
     from kernels import tree_attention
     for sm in architectures:
-        compiled, tree_attention.architecture = compile_only(sm), lambda device: sm // 10
+        compiled = compile_only(sm)
         call_attention(torch, tree_attention, settings=3 if sm in ATTENTION_ONLY else 6)
         if sm not in ATTENTION_ONLY:
             call_the_rest(torch)

@@ -14,7 +14,7 @@ import torch
 
 from gto.engine import Engine
 from gto.tree import TreeShape
-from kernels import acceptance, draft, fused, tree_attention
+from kernels import acceptance, fused, tree_attention
 from kernels.acceptance import score_nodes_triton
 from kernels.tree_attention import tree_attention_triton
 from tests.tiny import tiny_models, tiny_prompts
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE) if CUDA else [torch.float32, torch.float16]
 # With gradients on the public functions are plain PyTorch, on a GPU too.
 plain_attention, plain_scoring, plain_propose, plain_frontier = map(torch.enable_grad(), (
-    tree_attention.tree_attention, acceptance.score_nodes, acceptance.propose, draft.frontier))
+    tree_attention.tree_attention, acceptance.score_nodes, acceptance.propose, fused.frontier))
 plain_norm, plain_rotate, plain_silu_mul, plain_embed_norm_cat = map(torch.enable_grad(), (
     fused.add_rms_norm, fused.rotate, fused.silu_mul, fused.embed_norm_cat))
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -43,7 +43,7 @@ def inference():
 @pytest.fixture
 def by_kernel(monkeypatch):
     """As on a GPU: without gradients the kernels do the work."""
-    for module in acceptance, draft, fused, tree_attention:
+    for module in acceptance, fused, tree_attention:
         monkeypatch.setattr(module, "use_triton", lambda x: not torch.is_grad_enabled())
 
 
@@ -261,7 +261,7 @@ def test_frontier(m, k, M, dim, by_kernel):
     scores, tokens = randn(2, m * k).round(), torch.randint(99, (2, m * k), device=DEVICE)    # many ties
     seen = torch.rand(2, m, M, device=DEVICE) < 0.5
     arguments = scores, tokens, randn(2, m, dim), seen, 17
-    for got, want in zip(draft.frontier(*arguments), plain_frontier(*arguments), strict=True):
+    for got, want in zip(fused.frontier(*arguments), plain_frontier(*arguments), strict=True):
         assert got.dtype == want.dtype and torch.equal(got, want)
 
 

@@ -12,7 +12,7 @@ from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
 from gto.model import Target
 from gto.tree import TreeShape, candidates, expand, first_level, rerank
-from kernels import acceptance, draft, fused, tree_attention
+from kernels import acceptance, fused, tree_attention
 
 pytest.importorskip("triton")
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view"}
@@ -39,7 +39,7 @@ def operations(monkeypatch):
     counting = Counting()
     monkeypatch.setattr(type(fused._rotate_kernel), "__getitem__", lambda kernel, grid:
                         lambda *args, **options: counting.launched.update([kernel.__name__]))
-    for module in acceptance, draft, fused, tree_attention:
+    for module in acceptance, fused, tree_attention:
         monkeypatch.setattr(module, "use_triton", lambda x: True)
 
     def count(part):
