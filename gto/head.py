@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gto.model import KV, Attention, ModelConfig, RMSNorm, SwiGLU, rotary_frequencies, rotation
+from gto.model import KV, Attention, Linear, ModelConfig, RMSNorm, SwiGLU, rotary_frequencies, rotation
 from gto.util import UserError
 from kernels.fused import embed_norm_cat
 
@@ -36,12 +36,12 @@ class DraftHead(nn.Module):
             self.embed = nn.Embedding(config.vocab_size, config.dim)
         else:  # kept in a tuple, out of sight of nn.Module: neither a parameter nor in the checkpoint of the head
             self._lent = (target.embed,)
-        self.fc = nn.Linear(3 * config.target_dim, config.dim, bias=False)
+        self.fc = Linear(3 * config.target_dim, config.dim)
         self.token_norm, self.feature_norm = RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config, 2 * config.dim)
         self.ffn_norm, self.ffn = RMSNorm(config.dim, config.norm_eps), SwiGLU(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.unembed = nn.Linear(config.dim, config.draft_vocab_size, bias=False)
+        self.unembed = Linear(config.dim, config.draft_vocab_size)
         # draft id -> target id; EAGLE's files store the difference d2t = token_ids - arange
         self.register_buffer("token_ids", torch.arange(config.draft_vocab_size))
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)

@@ -96,12 +96,27 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """Without a bias. A few rows on a CPU read a large weight up to four times faster as weight @ x.T than as x @ weight.T
+    (measured, MKL), and one row as two."""
+
+    def __init__(self, in_dim, out_dim):
+        super().__init__(in_dim, out_dim, bias=False)
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])                                             # [R, in_dim]
+        if x.device.type != "cpu" or len(rows) > 4 or self.weight.numel() <= 2**18 or torch.is_grad_enabled():
+            return super().forward(x)
+        rows = rows.repeat(2, 1) if len(rows) == 1 else rows
+        return (self.weight @ rows.mT).mT.reshape(-1, self.out_features)[:x[..., 0].numel()].view(*x.shape[:-1], -1)
+
+
 class Attention(nn.Module):
     def __init__(self, config, in_dim):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(in_dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.qkv = Linear(in_dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, config.dim)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -132,8 +147,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_up = Linear(config.dim, 2 * config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x):
         return self.down(silu_mul(self.gate_up(x)))
@@ -153,7 +168,7 @@ class Target(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.unembed = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.unembed = Linear(config.dim, config.vocab_size)
         if config.tied:
             self.unembed.weight = self.embed.weight
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
