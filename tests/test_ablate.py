@@ -8,7 +8,7 @@ import torch
 
 from gto import checkpoint
 from gto.bench import ablate
-from gto.bench.ceilings import TargetAsHead, ceilings
+from gto.bench.ablate import TargetAsHead, ceilings
 from gto.config import Config
 from gto.engine import Engine
 from gto.evaluate import fixed_text, tau, timed
