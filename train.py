@@ -23,7 +23,6 @@ from gto.checkpoint import (exists, load_encoding, load_head, load_target, load_
                             save, seconds_of)
 from gto.data import Corpus, ensure_data
 from gto.loss import OBJECTIVES
-from gto.model import cast
 from gto.training import Stage, Texts, copy_of, new_head, train_head, train_target, write_texts
 from gto.util import UserError, argument_parser, main_guard, rank, ranks, start, wait
 
@@ -94,7 +93,7 @@ def training_texts(config, out, target, corpus, chat, texts):
 def main():
     torch.set_float32_matmul_precision("high")
     arguments, config = parse_arguments()
-    out, device, stage = run_folder(arguments.out_dir, arguments.target), arguments.device, arguments.stage
+    out, last = run_folder(arguments.out_dir, arguments.target), arguments.stage
     if arguments.spread and ranks() == 1:
         raise UserError("--spread needs torchrun --nproc_per_node=N train.py ...")
 
@@ -104,44 +103,38 @@ def main():
         target, chat, given, texts = released_target(arguments, config, out)
     else:
         corpus, target = own_target(arguments, config, out)
-    if stage == "target":
+    if last == "target":
         return
     texts = training_texts(config, out, target, corpus, chat, texts)
-    if stage == "text":
+    if last == "text":
         return
 
     # Phase I: token-level training. A finished head may take its place, or be where it starts.
-    if not exists(out / "draft.pt") and (given is None or stage == "draft"):
+    if not exists(out / "draft.pt") and (given is None or last == "draft"):
         head = copy_of(given, target) if given else new_head(config, target, texts)
-        phase_one = Stage("draft", config.head_steps, config.head_batch, seed=config.seed)
-        train_head(phase_one, config, target, head, texts, out)
-    draft = given if given and stage != "draft" else load_head(out / "draft.pt", target)
-    if stage == "draft":
+        stage = Stage("draft", config.head_steps, config.head_batch, seed=config.seed)
+        train_head(stage, config, target, head, texts, out)
+    draft = given if given and last != "draft" else load_head(out / "draft.pt", target)
+    if last == "draft":
         return
 
     # Phase II: Group Tree Optimization, and beside it the control, phase I continued for as long.
-    compared = stage == "table" and not given and ranks() == 1
-    heads = {"draft": [draft], "control": [], "gto": []}
-    for number in range(config.seeds):
-        seed, suffix = config.seed + number, f"-{number + 1}" if number else ""        # gto.pt, gto-2.pt, ..
-        phase_two = Stage(f"gto{suffix}", config.gto_steps, config.gto_batch, config.gto_rate, seed)
-        if not exists(out / f"{phase_two.name}.pt"):
-            objective = OBJECTIVES[config.objective]
-            train_head(phase_two, config, target, copy_of(draft, target), texts, out, objective, reference=draft)
-        heads["gto"].append(load_head(out / f"{phase_two.name}.pt", target))
-        if not compared:
-            continue
-        if not exists(out / f"control{suffix}.pt"):
-            steps = max(1, round(seconds_of(out, phase_two.name) / seconds_of(out, "draft") * config.head_steps))
-            control = Stage(f"control{suffix}", steps, config.head_batch, config.gto_rate, seed)
-            train_head(control, config, target, copy_of(draft, target), texts, out)
-        heads["control"].append(load_head(out / f"control{suffix}.pt", target))
+    compared = last == "table" and not given and ranks() == 1
+    suffixes = [f"-{number + 1}" if number else "" for number in range(config.seeds)]  # gto.pt, gto-2.pt, ..
+    for seed, suffix in enumerate(suffixes, config.seed):
+        if not exists(out / f"gto{suffix}.pt"):
+            stage = Stage(f"gto{suffix}", config.gto_steps, config.gto_batch, config.gto_rate, seed)
+            train_head(stage, config, target, copy_of(draft, target), texts, out, OBJECTIVES[config.objective], draft)
+        if compared and not exists(out / f"control{suffix}.pt"):
+            steps = max(1, round(seconds_of(out, f"gto{suffix}") / seconds_of(out, "draft") * config.head_steps))
+            stage = Stage(f"control{suffix}", steps, config.head_batch, config.gto_rate, seed)
+            train_head(stage, config, target, copy_of(draft, target), texts, out)
     if not compared:
         return
 
     # The comparison.
-    for head in sum(heads.values(), []):
-        cast(head, target.norm.weight.dtype)
+    heads = {name: [load_head(out / f"{name}{suffix}.pt", target, target.norm.weight.dtype) for suffix in files]
+             for name, files in {"draft": [""], "control": suffixes, "gto": suffixes}.items()}
     if corpus:
         prompts, stop, encoding = corpus.prompt_ids(config.eval_prompts * 5 // 4), (), load_encoding(out)
     else:

@@ -1,7 +1,7 @@
 """The losses: token-level training (phase I) and the objectives of phase II, one equation a function.
 
-To try an objective of your own, write a function like `keep_objective` and name it in OBJECTIVES: `train.py
---objective` then knows it. The reward (eq. 3-5) is `gto.rollout.tree_reward`."""
+For one of your own, write a function like `keep_objective` and name it in OBJECTIVES: `train.py --objective` knows it.
+The reward (eq. 3-5) is `gto.rollout.tree_reward`."""
 from typing import NamedTuple
 
 import torch
@@ -26,10 +26,9 @@ def soft_labels(target, text, token_ids, temperature=1.0):
 def token_loss(log_q, labels, weight, total=None, decay=0.8):
     """EAGLE-3's training-time test: soft cross-entropy of the target's and the head's distribution at every step.
 
-    log_q, labels  [B, R, J, V'] over the draft vocabulary, at step j of the unroll
+    log_q, labels  [B, R, J, V'] over the draft vocabulary, at step j of the unroll, which weighs decay ** j (EAGLE-3)
     weight         [B, R, J]     1 where supervised, 0 elsewhere: the mean is over supervised positions only
-    total          [J]           what to divide by instead, if this is a part of a batch: its parts' mean count
-    decay                        weight of step j is decay ** j, as in EAGLE-3's code"""
+    total          [J]           what to divide by instead, if this is a part of a batch: its parts' mean count"""
     cross_entropy = -(labels * log_q).sum(-1) * weight                                # [B, R, J]
     total = weight.sum((0, 1)) if total is None else total
     per_step = cross_entropy.sum((0, 1)) / total.clamp(min=1)                         # [J]
@@ -38,9 +37,8 @@ def token_loss(log_q, labels, weight, total=None, decay=0.8):
 
 
 def unroll_text(config, target, head, text):
-    """Training-time test over a whole batch: every slot starts a chain along the true text, up to the last whose chain
-    fits the text, from the first behind which any text has something to learn. -> log_q, labels [B, R, J+1, V'] and
-    weight [B, R, J+1] bool, see `token_loss`."""
+    """A chain along the true text from every slot, from the first that has something to learn in any text to the last
+    whose chain fits. -> log_q, labels [B, R, J+1, V'] and weight [B, R, J+1] bool, see `token_loss`."""
     (B, T), J = text.tokens.shape, config.unroll
     learnt = learnt_positions(text.supervised, J)                                     # [B, T-J-2, J+1]
     first = int(learnt[..., 0].any(0).byte().argmax())
@@ -57,9 +55,8 @@ def unroll_text(config, target, head, text):
 def learnt_positions(supervised, unroll):
     """Which steps of which chains are learnt, [B, T] -> [B, R, J+1] bool: those whose tokens from the root to the
     predicted one are all supervised. In decoding a draft never begins in a question either."""
-    slots = torch.arange(supervised.shape[1] - unroll - 2, device=supervised.device)
-    chain = supervised[:, slots[:, None] + torch.arange(1, unroll + 3, device=slots.device)]  # [B, R, J+2], with root
-    return chain.cumprod(-1)[..., 1:].bool()
+    chains = supervised[:, 1:].unfold(1, unroll + 2, 1)                               # [B, R, J+2], with root
+    return chains.cumprod(-1)[..., 1:].bool()
 
 
 def debias(reward, reference_reward):
@@ -84,10 +81,10 @@ def surrogate(s, advantage, eps):
     return -torch.minimum(s * advantage, s.clamp(1 - eps, 1 + eps) * advantage).mean()
 
 
-# Objectives of phase II: L = L_token + omega * objective(batch)[0] -------------------------------------------------
 
 class Batch(NamedTuple):
-    """What an objective may use. Its loss is a mean, weighted so that the parts of a step may be averaged."""
+    """What an objective of phase II may use: L = L_token + omega * objective(batch)[0]. Losses are means, weighted so
+    that the parts of a step may be averaged."""
     config: Config
     target: Target              # frozen
     head: DraftHead             # the one that learns
@@ -134,10 +131,9 @@ def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):
     is made soft. As in acceptance, a step counts only with all before it; one far above the cut gets no gradient.
     threshold, width in nats; temperature of the scores"""
     text, (_, R, steps) = batch.text, batch.weight.shape
-    first = text.tokens.shape[1] - steps - 1 - R                                      # slot of the first chain
-    own = text.choice[:, :-1] == text.tokens[:, 1:]                        # [B, T-1] t+1 is its own choice
-    slots = torch.arange(first, first + R, device=own.device)[:, None] + torch.arange(1, steps, device=own.device)
-    on_path = (F.pad(own[:, slots], (1, 0), value=True) & batch.weight).cumprod(-1).bool()   # [B, R, J+1] all so far
+    own = text.choice[:, :-1] == text.tokens[:, 1:]                                   # [B, T-1] t+1 is its own choice
+    own = own[:, 1 - steps - R:-1].unfold(1, steps - 1, 1)                            # [B, R, J] by chain
+    on_path = (F.pad(own, (1, 0), value=True) & batch.weight).cumprod(-1).bool()      # [B, R, J+1] all so far
     best = batch.labels.argmax(-1, keepdim=True)
     score = torch.log_softmax(batch.log_q / temperature, -1).gather(-1, best).squeeze(-1)
     path = score.masked_fill(~on_path, 0.0).cumsum(-1)                                # [B, R, J+1]

@@ -57,8 +57,7 @@ def sample_groups(supervised, groups, size, depth, generator):
 
 @torch.no_grad()
 def rollout_trees(target, heads, text, roots, shape, aggregator="lse", eta=1.0):
-    """Let every head draft a tree behind every root, and the target score all of them. roots [B, K, m] slots, of groups
-    of m neighbours -> [Trees] by head."""
+    """Let every head draft a tree behind every root, the target score them all. roots [B, K, m] -> [Trees] by head."""
     B, K, m = roots.shape
     sequence, length = torch.arange(B, device=roots.device).repeat_interleave(K * m), roots.flatten() + 1
     drafts, kv = [], text.kv or target_forward(target, text.tokens).kv
@@ -100,12 +99,11 @@ def score_inner_nodes(target, tree, prefix, temperature=0.0, neighbours=1):
 def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
     """How much of a drafted tree the target would accept, eq. 3-5.
 
-    log_prob [B, N]  log T(token of the node | its ancestors), 0 for the root, as `score_nodes` returns it
-    parents  [B, N]; mask [B, N, N] bool, ancestors and self
+    log_prob [B, N]  log T(token of the node | its ancestors), 0 for the root; parents [B, N]
+    mask [B, N, N]   bool, ancestors and self: for `where`, as log T may be -inf, and a product with 0 NaN
     aggregator       of the paths: "lse" (1/eta log sum exp(eta L)), "max" or "mean"; "expected": what a sampling target
                      accepts on average, the sum of P over all nodes but the root
     Returns P [B, N], the probability of each node's path; L [B, N], the sum of P along it; the reward R [B]. float32"""
-    # `where`, not a product with the mask: log T may be -inf, and 0 * -inf is NaN.
     P = torch.where(mask, log_prob.float()[:, None], 0.0).sum(-1).exp()               # eq. 4, 1 for the root
     L = torch.where(mask, P[:, None], 0.0).sum(-1) - 1                                # eq. 3, without the root
     if aggregator == "expected":

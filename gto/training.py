@@ -58,8 +58,8 @@ def train_target(config, corpus, out, device):
 
 
 def write_texts(config, target, corpus):
-    """Texts that the target continues from the corpus; every other batch is greedy. A head meets the target's own text
-    when it decodes: trained on that, it drafts much better at T=0."""
+    """Texts that the target continues from the corpus: a head that learns from its own text drafts much better at T=0.
+    Every other batch is greedy. -> tokens, supervised [n, T]"""
     torch.manual_seed(config.seed)
     texts, batch = [], min(config.text_batch, max(config.texts // 2, 1))
     for step in tqdm(range(config.texts // batch), desc="text", unit="batch", disable=rank() > 0):
@@ -91,8 +91,7 @@ def copy_of(head, target):
 
 
 def train_head(stage, config, target, head, texts, out, objective=None, reference=None):
-    """Train `head` token by token and save it; with an objective of gto.loss, phase II: L = L_token + omega *
-    L_objective, with a frozen reference head for the objective to compare with."""
+    """Train `head` token by token and save it; with an objective of gto.loss, phase II, beside a frozen reference."""
     if head.config.own_embedding:
         head.embed.requires_grad_(False)                                              # as a lent one
     see(target, texts)
@@ -107,16 +106,14 @@ def train_head(stage, config, target, head, texts, out, objective=None, referenc
         return loss + config.omega * extra, {"token_loss": loss, "objective": extra, **metrics}
 
     optimizers = optimizers_for(head, stage.rate * config.head_muon_lr, stage.rate * config.head_lr)
-    warmup = min(config.warmup, stage.steps // 5)
-    train(stage, head, optimizers, loss_of, out, warmup, config.clip, config.accumulate)
+    train(stage, head, optimizers, loss_of, out, min(config.warmup, stage.steps // 5), config.clip, config.accumulate)
 
 
 def sample_batch(part, stage, config, target, head, reference, texts, kept):
     """One part of a step: texts drawn for this rank, run through target and head. -> gto.loss.Batch.
 
-    All ranks draw the whole step's texts and groups and count what there is to learn, so that the mean of the parts'
-    losses is the loss of the whole, however it is cut up. The randomness is a function of the step: a resumed run draws
-    what the uninterrupted one would have."""
+    All ranks draw the whole step's texts and groups, by the step's number alone, and count what there is to learn: the
+    mean of the parts' losses is the loss of the whole, however it is cut up."""
     device, parts = target.norm.weight.device, config.accumulate * ranks()
     step, index = divmod(part, config.accumulate)
     if step % config.rollout_steps == 0:
@@ -132,7 +129,7 @@ def sample_batch(part, stage, config, target, head, reference, texts, kept):
     width = int(supervised[mine].any(0).nonzero().max()) + 1 + config.unroll          # the last to learn, chains' ends
     tokens, learnt = texts.tokens[rows[mine], :width].to(device, torch.long), supervised[mine, :width].to(device)
     if texts.seen:
-        seen = (torch.cat(parts)[:, :width] for parts in zip(*(texts.seen[row] for row in rows[mine])))
+        seen = (torch.cat(each)[:, :width] for each in zip(*(texts.seen[row] for row in rows[mine])))
         text = Text(tokens, *seen, None, learnt)
     else:
         text = target_forward(target, tokens)._replace(supervised=learnt)
@@ -142,8 +139,8 @@ def sample_batch(part, stage, config, target, head, reference, texts, kept):
 
 
 def see(target, texts):
-    """Run the frozen target over all texts and keep what heads learn from, if it fits into memory: they meet each text
-    many times. Not the keys and values, which only rollouts need; not on several ranks, whose target may be spread."""
+    """Run the frozen target over all texts and keep what heads learn from, many times, if it fits into memory: not the
+    keys and values, which only rollouts need; not on several ranks, each of which meets few."""
     if texts.seen or ranks() > 1 or texts.tokens.numel() * 4 * target.norm.weight.nbytes > KEPT_BYTES:
         return
     for tokens in tqdm(texts.tokens.long(), "see", unit="text"):
@@ -165,12 +162,11 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
     """Run all optimiser steps, save the model; out/<name>.partial.pt resumes an interrupted run. UserError at a NaN.
 
     loss_of(part) -> (loss, {metric: value}); a step takes the mean over its `accumulate` parts, numbered on through the
-    training, and over the ranks of a torchrun. Of `part`, the rank and the model, which it may keep for less than
-    SAVE_EVERY steps, it must be a pure function: then all runs, resumed ones too, are equal bit for bit on a CPU, with
-    as many threads; else up to rounding. optimizers: `lr` is the peak, after `warmup` steps; clip: gradient norm."""
-    name, steps, partial, log = stage.name, stage.steps, Path(out) / f"{stage.name}.partial.pt", Path(out) / "log.jsonl"
-    start, seconds, recent = 0, 0.0, []
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    training, and over all ranks. It must be a pure function of `part`, the rank and the model, which it may keep for
+    less than SAVE_EVERY steps: then runs, resumed or not, are equal bit for bit on a CPU with as many threads, else up
+    to rounding. optimizers: `lr` is the peak, after `warmup` steps; clip: gradient norm."""
+    name, steps, out = stage.name, stage.steps, Path(out)
+    partial, start, seconds, recent = out / f"{name}.partial.pt", 0, 0.0, []
     if partial.exists():
         state = read(partial, "training")
         with reading(partial):
@@ -178,7 +174,6 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             start, seconds = state["step"], state["seconds"]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     every = max(1, min(10, steps // 20))                          # in the steps between, the host waits for no GPU
     bar = tqdm(range(start, steps), name, steps, initial=start, unit="step", disable=rank() > 0)
     began = time.perf_counter() - seconds
@@ -191,11 +186,11 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
                 sums[metric] = sums.get(metric, 0) + value.detach() / accumulate
         average([p.grad for p in model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
-        for optimizer in optimizers:
+        rate = min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+        for optimizer in optimizers:                              # of one group each
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         weights = torch.nn.utils.get_total_norm(list(model.parameters()))
         recent.append(torch.stack([*sums.values(), norm, weights]).detach())
         if step % every == every - 1 or step == steps - 1:
@@ -203,13 +198,12 @@ def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulat
             average([values])
             fine = values[:, [0, -1]].isfinite().all(1).tolist()
             if False in fine:
-                raise UserError(f"{name}, step {step + 2 - len(fine) + fine.index(False)}: loss or weights not finite."
-                                " The last checkpoint is kept. Try lower --muon-lr and --adam-lr (of heads"
-                                " --head-muon-lr, --head-lr, --gto-rate) in another --out-dir")
+                raise UserError(f"{name}, step {step + 2 - len(fine) + fine.index(False)}: loss or weights not finite;"
+                                " the last checkpoint is kept. Lower --muon-lr, of heads --head-muon-lr and --head-lr")
             recent, metrics = [], dict(zip([*sums, "norm"], values.mean(0).tolist()))
             bar.set_postfix({metric: f"{value:.3f}" for metric, value in metrics.items()})
-            append_log(log, stage=name, step=step + 1, seconds=time.perf_counter() - began, **metrics)
+            append_log(out / "log.jsonl", stage=name, step=step + 1, seconds=time.perf_counter() - began, **metrics)
         if step % SAVE_EVERY == SAVE_EVERY - 1 and step < steps - 1:
             save(partial, kind="training", model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                  step=step + 1, seconds=time.perf_counter() - began)
-    finish(name, model, Path(out), seconds=time.perf_counter() - began)
+    finish(name, model, out, seconds=time.perf_counter() - began)

@@ -22,7 +22,7 @@ from gto.model import Prefix
 from gto.page import path_log_prob
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape, draft_candidates, draft_tree, rerank
-from gto.util import UserError, append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
+from gto.util import append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
@@ -109,8 +109,6 @@ class Ablation:
         start(arguments.device)
         out = Path(arguments.out_dir)
         config, self.folder = checkpoint.load_config(out), out / arguments.name
-        if self.folder.resolve().parent != out.resolve():
-            raise UserError(f"--name {arguments.name}: must be the name of a folder in {out}")
         self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objective="gto",
                                              gto_steps=arguments.steps or config.gto_steps))
         self.shape = TreeShape.parse(config.tree)
@@ -138,9 +136,8 @@ class Ablation:
             return head, checkpoint.seconds_of(self.folder, stage.name)
 
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
-        trees = objective in (loss.gto_objective, positive_objective)
-        if not trees and not name.endswith("-steps"):     # trees are dear: others take more texts a step, more steps
-            stage = stage._replace(batch=config.head_batch)
+        if objective not in (loss.gto_objective, positive_objective) and not name.endswith("-steps"):
+            stage = stage._replace(batch=config.head_batch)       # no dear trees: more texts a step, more steps
             pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
             stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))
         head, seconds = run(stage)
