@@ -7,7 +7,6 @@
     python decode.py --prompt "class Queue:" --tree 8,5,24   the same tree in every cycle, not the fastest for it
     python decode.py --target smollm2 --chat --prompt "Why is the sky blue?"         after train.py --target smollm2
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
-    torchrun --nproc_per_node=2 decode.py --target Llama-3.3-70B-Instruct ...      the target split over two GPUs
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain."""
 import json
@@ -24,7 +23,7 @@ from gto.page import tree_text, watch, write_page
 from gto.policy import make_engine
 from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, rank, start
+from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, start
 from gto.verify import Sampling
 
 
@@ -83,15 +82,14 @@ def main():
     decoded, cycles = decode(engine, encoding, prompt, n, stop, show="" if arguments.chat else arguments.prompt)
     result = {"text": encoding.decode(decoded.tokens), "token_ids": decoded.tokens, "acceptance_lengths": cycles,
               "tau": decoded.tau, "tokens_per_second": decoded.tokens_per_second}
-    notes = sys.stderr if rank() == 0 else sys.stdout                                 # which is silent on the others
     print(f"\n{len(decoded.tokens)} tokens in {len(cycles)} cycles, {decoded.tau:.2f} a cycle (tau),"
-          f" {decoded.tokens_per_second:.0f} tokens/s", file=notes)
+          f" {decoded.tokens_per_second:.0f} tokens/s", file=sys.stderr)
     if arguments.compare:
         torch.manual_seed(arguments.seed)
         plain = timed(Engine(target, None, None, sampling, capacity=capacity), prompt, capacity - len(prompt), stop)
         identical, speedup = plain.tokens == decoded.tokens, decoded.tokens_per_second / plain.tokens_per_second
         same = "the same tokens, " if identical else "DIFFERENT tokens, "
-        print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=notes)
+        print(f"plain decoding: {same}{plain.tokens_per_second:.0f} tokens/s; speed-up {speedup:.2f}", file=sys.stderr)
         result |= {"speedup": speedup, "identical": identical}
     if arguments.show_tree or arguments.report:
         torch.manual_seed(arguments.seed)

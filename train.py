@@ -9,7 +9,7 @@ For a released chat model (gto/released/README.md), which writes the conversatio
 
     python train.py --target smollm2                        SmolLM2-135M, the same comparison in an hour
     python train.py --target Qwen3-8B --data chat.jsonl --head EAGLE3-head --stage gto      GTO from a finished head
-    torchrun --nproc_per_node=8 train.py ... [--spread]     a batch on each GPU; --spread: the target over all of them
+    torchrun --nproc_per_node=8 train.py ...                a batch on each GPU
 
 A finished stage is not run again, an interrupted one goes on where it was."""
 from dataclasses import fields, replace
@@ -33,10 +33,9 @@ def parse_arguments():
     parser.add_argument("--stage", choices="target text draft gto table".split(), default="table", help="stop after it")
     parser.add_argument("--out-dir", help="where checkpoints, log and table go (default: out, or out/<target>)")
     parser.add_argument("--data", help="a directory of prepare_data.py (default: data/<dataset>), or a chat .jsonl")
-    parser.add_argument("--target", help="smollm2, a GGUF file, or a folder of Meta's or Hugging Face's files")
+    parser.add_argument("--target", help="smollm2, a GGUF file, or a folder of Hugging Face's files")
     parser.add_argument("--head", help="with --target: start from this head, ours or a folder with an EAGLE-3 head")
     parser.add_argument("--tokenizer", help="with --target: default its folder")
-    parser.add_argument("--spread", action="store_true", help="with --target: its layers over all GPUs of torchrun")
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.get if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
@@ -45,8 +44,8 @@ def parse_arguments():
     changes = {k: v for k, v in vars(arguments).items() if v is not None and hasattr(configs.Config, k)}
     if arguments.target and arguments.data and not Path(arguments.data).is_file():
         raise UserError(f"--data {arguments.data}: no such chat .jsonl")
-    if not arguments.target and (arguments.head or arguments.tokenizer or arguments.spread):
-        raise UserError("--head, --tokenizer and --spread are for a released target: add --target FOLDER")
+    if not arguments.target and (arguments.head or arguments.tokenizer):
+        raise UserError("--head and --tokenizer are for a released target: add --target FOLDER")
     start(arguments.device)
     preset = arguments.preset or configs.fitting(arguments.device, bool(arguments.target))
     return arguments, configs.check(replace(configs.PRESETS[preset], **changes))
@@ -68,7 +67,7 @@ def own_target(arguments, config, out):
 def released_target(arguments, config, out):
     """A chat model as downloaded; how it writes chats; a head to start from, if given; texts from a chat .jsonl."""
     from gto.released import chat
-    target = load_target(arguments.target, arguments.device, ranks="gather" if arguments.spread else None)
+    target = load_target(arguments.target, arguments.device)
     head = load_head(arguments.head, target, torch.float32) if arguments.head else None
     source = arguments.tokenizer or arguments.target
     chats, texts = chat.load(source, load_encoding(source)), None
@@ -94,8 +93,6 @@ def main():
     torch.set_float32_matmul_precision("high")
     arguments, config = parse_arguments()
     out, last = run_folder(arguments.out_dir, arguments.target), arguments.stage
-    if arguments.spread and ranks() == 1:
-        raise UserError("--spread needs torchrun --nproc_per_node=N train.py ...")
 
     # The target, and text to train heads on.
     corpus = chat = given = texts = None

@@ -12,7 +12,7 @@ from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
 from gto.tokenizer import end_of_text_id, make_encoding, read_own_meta, read_ranks
-from gto.util import (UserError, append_log, compute_dtype, one_thread_if_small, rank, ranks, reading, wait, write_text,
+from gto.util import (UserError, append_log, compute_dtype, one_thread_if_small, rank, reading, wait, write_text,
                       write_whole)
 
 
@@ -35,13 +35,13 @@ def read(path, kind, device="cpu"):
     return contents
 
 
-def load_target(path, device="cpu", dtype=None, ranks=None):
+def load_target(path, device="cpu", dtype=None):
     """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype, or its
-    name; None: by the device. ranks: under torchrun "gather" or "split" a download."""
+    name; None: by the device."""
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or compute_dtype(device)
     if Path(path).suffix != ".pt":
         from gto.released import load
-        return load.load_target(path, device, dtype, ranks)
+        return load.load_target(path, device, dtype)
     contents = read(path, "target", device)
     with reading(path):
         target = Target(ModelConfig(**contents["config"])).to(device)
@@ -94,7 +94,7 @@ def load_run(arguments):
     [text, ...] -> ids of questions and answers in turn, up to the next answer; the tokens that end an answer."""
     out = run_folder(arguments.out_dir, arguments.target)
     path = arguments.target or out / "target.pt"
-    target = load_target(path, arguments.device, arguments.dtype, ranks="split" if ranks() > 1 else None)
+    target = load_target(path, arguments.device, arguments.dtype)
     one_thread_if_small(target)
     source = arguments.tokenizer or path
     encoding = load_encoding(source)

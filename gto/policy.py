@@ -4,7 +4,6 @@ The output stays the target's: verification is lossless whatever the tree, as no
 import itertools
 import json
 import platform
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from gto.engine import Engine
 from gto.model import Prefix
 from gto.tree import TreeShape, expand
-from gto.util import average, synchronize, write_text
+from gto.util import synchronize, write_text
 
 
 @dataclass(frozen=True)
@@ -195,11 +194,9 @@ def measure(target, head, space, rounds=8, context=128):
     engine, times = AdaptiveEngine(target, head, Fixed(space, space.depth, 0), capacity=context + space.depth + 1), {}
 
     def timed(key, part, run=engine.run):
-        synchronize(engine.device)
-        began = time.perf_counter()
+        began = synchronize(engine.device)
         result = run(key, part)
-        synchronize(engine.device)
-        times.setdefault(key, []).append(time.perf_counter() - began)
+        times.setdefault(key, []).append(synchronize(engine.device) - began)
         return result
 
     engine.run = timed
@@ -209,11 +206,8 @@ def measure(target, head, space, rounds=8, context=128):
         engine.num_accepted.fill_(1)
         engine.step()
     took = {key: median(seconds[1:]) for key, seconds in times.items()}               # the first warmed up
-    draft = [took["draft", depth] + took["observe", depth] for depth in range(1, space.depth + 1)]
-    verify = [took["verify", space.depth, nodes] for nodes in space.sizes]
-    costs = [torch.tensor(seconds, device=engine.device) for seconds in (draft, verify)]
-    average(costs)                                                                    # all ranks decide the same
-    return Costs(space, costs[0].cumsum(0).cpu().numpy(), costs[1].cpu().numpy())
+    draft = np.cumsum([took["draft", depth] + took["observe", depth] for depth in range(1, space.depth + 1)])
+    return Costs(space, draft, np.array([took["verify", space.depth, nodes] for nodes in space.sizes]))
 
 
 def costs_here(folder, target, head, space=None):

@@ -32,11 +32,6 @@ class TreeShape:
         return f"{self.top_k},{self.depth},{self.nodes}"
 
     @classmethod
-    def default(cls, device):
-        """decode.py's: on a CPU small trees win (measured), on a GPU nodes cost little and it is the paper's tree."""
-        return cls(10, 7, 60) if torch.device(device).type == "cuda" else cls(2, 4, 8)
-
-    @classmethod
     def parse(cls, text):
         """'8,5,24' -> TreeShape(8, 5, 24)."""
         try:

@@ -14,7 +14,6 @@ import tiktoken.load
 from gto.checkpoint import load_encoding
 from gto.data import (PIECE, Corpus, collect, cut_prompts, ensure_data, prepare, read_conversations,
                       read_prompts, split)
-from gto.released.tokenizers import llama3_specials
 from gto.tokenizer import (LLAMA3_PATTERN, StreamDecoder, merge_pair, read_own_meta, read_ranks,
                            save_ranks, token_bytes, train_bpe)
 from gto.util import UserError
@@ -116,15 +115,6 @@ def test_hugging_face_file_equals_its_rank_file(folder, tmp_path):
             load_encoding(path)
 
 
-def test_bare_rank_file_gets_llama3_specials(folder, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(Path(folder, "tokenizer.model").read_bytes())
-    encoding = load_encoding(tmp_path)
-    assert encoding.n_vocab == 511 + 256
-    specials = llama3_specials(128000)
-    assert len(specials) == 256 and specials["<|reserved_special_token_247|>"] == 128255
-    assert specials["<|eot_id|>"] == 128009 and specials["<|reserved_special_token_3|>"] == 128011
-
-
 @pytest.mark.parametrize("text", ["", "short\n", "x" + " " * 300_000 + "y", "line of text\n" * 100_000])
 def test_pieces_keep_the_text_and_bound_the_length(text):
     pieces = PIECE.findall(text)
@@ -133,8 +123,7 @@ def test_pieces_keep_the_text_and_bound_the_length(text):
 
 
 @needs_goldens
-@pytest.mark.parametrize("file", ["tok_llama3style/tokenizer.json", "tok_llama3style/tokenizer.model",
-                                  "tok_qwenstyle/tokenizer.json"])             # a bare rank file is read as Llama 3's
+@pytest.mark.parametrize("file", ["tok_llama3style/tokenizer.json", "tok_qwenstyle/tokenizer.json"])
 def test_byte_level_goldens(file):
     golden = json.loads((GOLDENS / file).with_name("examples.json").read_text(encoding="utf-8"))
     encoding = load_encoding(GOLDENS / file)
@@ -146,14 +135,6 @@ def test_byte_level_goldens(file):
         assert "".join(decoder.push([i]) for i in ids) + decoder.finish() == encoding.decode(ids) == example["decoded"]
     for example in golden["partial_decodes"]:
         assert encoding.decode(example["ids"]) == example["decoded_replace"]
-
-
-@needs_goldens
-def test_llama3_goldens():
-    golden = json.loads((GOLDENS / "llama3_real_tokenizer_ids.json").read_text(encoding="utf-8"))
-    specials = llama3_specials(golden["n_ranks"])
-    assert golden["pattern"] == LLAMA3_PATTERN and golden["n_vocab"] == golden["n_ranks"] + len(specials)
-    assert golden["special_tokens_first"].items() <= specials.items()
 
 
 @needs_goldens

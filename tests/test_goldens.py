@@ -68,11 +68,9 @@ def test_target_fixture(fixture, tmp_path):
 
 
 @needs_goldens
-@pytest.mark.parametrize("folder, expected", [
-    ("llama_gqa_llama3rope", None), ("llama_mha_tied_bin", None), ("llama_v5config_tied", None), ("qwen3_untied", None),
-    ("meta_llama_scaled", "llama_gqa_llama3rope")])
-def test_target(folder, expected):
-    values = golden_tensors(f"{expected or folder}/expected.safetensors")
+@pytest.mark.parametrize("folder", ["llama_gqa_llama3rope", "llama_mha_tied_bin", "llama_v5config_tied", "qwen3_untied"])
+def test_target(folder):
+    values = golden_tensors(f"{folder}/expected.safetensors")
     target = load_target(GOLDENS / folder)
     torch.testing.assert_close(target.frequencies, values["inv_freq"])
     for case in "case0", "case1":

@@ -65,32 +65,6 @@ def write_release(folder, config, tensors, shards=1, safetensors=False):
     return folder
 
 
-def write_meta_release(folder, target, shards, embedding_axis):
-    """params.json and consolidated.NN.pth: rotary pairs are neighbours, weights cut as for Meta's parallel layers."""
-    c, half = target.config, target.config.head_dim // 2
-    names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-             "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "model.": "",
-             "post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "lm_head": "output"}
-    files = [{"rope.freqs": torch.zeros(half)} for _ in range(shards)]
-    for name, tensor in hugging_face_release(target)[1].items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            order = torch.arange(c.head_dim).view(2, half).T.flatten()      # row j + half of a head moves behind row j
-            tensor = tensor.view(-1, c.head_dim, c.dim)[:, order].reshape(tensor.shape)
-        for theirs, metas in names.items():
-            name = name.replace(theirs, metas)
-        by_columns = name.endswith(("wo.weight", "w2.weight")) or "tok_embeddings" in name and embedding_axis == 1
-        parts = [tensor] * shards if tensor.dim() == 1 else tensor.chunk(shards, dim=int(by_columns))
-        for file, part in zip(files, parts):
-            file[name] = part.clone()
-    for i, file in enumerate(files):
-        torch.save(file, folder / f"consolidated.{i:02}.pth")
-    (folder / "params.json").write_text(json.dumps({
-        "dim": c.dim, "n_layers": c.layers, "n_heads": c.heads, "vocab_size": -1,
-        "norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "some_later_key": 1}))
-    return folder
-
-
 def same_model(one, other):
     """Numbers, weights, rotary frequencies."""
     weights, others = ({**model.state_dict(), "frequencies": model.frequencies} for model in (one, other))
@@ -120,11 +94,6 @@ def test_hugging_face_release_gives_back_the_weights(tmp_path, changes, shards, 
     assert same_model(loaded, target)
     assert (loaded.unembed.weight is loaded.embed.weight) == target.config.tied
     assert not any(p.requires_grad for p in loaded.parameters())
-
-
-@pytest.mark.parametrize("shards, embedding_axis", [(1, 0), (2, 0), (4, 0), (2, 1), (4, 1)])
-def test_meta_release_gives_back_the_weights(tmp_path, target, shards, embedding_axis):
-    assert same_model(load_target(write_meta_release(tmp_path, target, shards, embedding_axis)), target)
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gto.bench.roofline import SHAPES
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
-from gto.model import Target
-from gto.tree import TreeShape, candidates, expand, first_level, rerank
+from gto.model import Prefix, Target
+from gto.tree import TreeShape, candidates, expand, rerank
 from kernels import acceptance, fused, tree_attention
 
 pytest.importorskip("triton")
@@ -79,10 +79,9 @@ def test_the_target(name, operations):
 
 def test_drafting(operations):
     each = engine("llama-3.1-8b")
-    count, (hidden, root, prefix) = operations(each.extend)
-    assert count <= 32
-    count, drafted = operations(lambda: first_level(each.head, hidden, 10, 1.0))
-    assert count <= 6
+    count, (root, drafted) = operations(each.begin)                # the head over the new tokens, the first level
+    assert count <= 38
+    prefix = Prefix(each.head_cache, each.length)
     for _ in range(3):
         count, drafted = operations(lambda: expand(each.head, drafted, prefix, 1.0))
         assert count <= 24

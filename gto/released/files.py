@@ -1,4 +1,4 @@
-"""The files of a download (Meta's, Hugging Face's, EAGLE-3's, a GGUF): names of tensors and sizes, and readers."""
+"""The files of a download (Hugging Face's, EAGLE-3's, a GGUF): what they call tensors and sizes, and readers."""
 import json
 import re
 from functools import lru_cache
@@ -11,17 +11,16 @@ from gto.head import HeadConfig
 from gto.model import ModelConfig
 from gto.util import UserError, reading
 
-# A layer's tensors, by us, Hugging Face, Meta, llama.cpp. Several are stacked, in this order, into one of ours.
+# A layer's tensors, by us, Hugging Face, llama.cpp. Several are stacked, in this order, into one of ours.
 LAYER = [
-    ("attn_norm", "input_layernorm", "attention_norm", "attn_norm"),
-    ("attn.qkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attention.wq attention.wk attention.wv",
-     "attn_q attn_k attn_v"),
-    ("attn.q_norm", "self_attn.q_norm", "", "attn_q_norm"),
-    ("attn.k_norm", "self_attn.k_norm", "", "attn_k_norm"),
-    ("attn.out", "self_attn.o_proj", "attention.wo", "attn_output"),
-    ("ffn_norm", "post_attention_layernorm", "ffn_norm", "ffn_norm"),
-    ("ffn.gate_up", "mlp.gate_proj mlp.up_proj", "feed_forward.w1 feed_forward.w3", "ffn_gate ffn_up"),
-    ("ffn.down", "mlp.down_proj", "feed_forward.w2", "ffn_down")]
+    ("attn_norm", "input_layernorm", "attn_norm"),
+    ("attn.qkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn_q attn_k attn_v"),
+    ("attn.q_norm", "self_attn.q_norm", "attn_q_norm"),
+    ("attn.k_norm", "self_attn.k_norm", "attn_k_norm"),
+    ("attn.out", "self_attn.o_proj", "attn_output"),
+    ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
+    ("ffn.gate_up", "mlp.gate_proj mlp.up_proj", "ffn_gate ffn_up"),
+    ("ffn.down", "mlp.down_proj", "ffn_down")]
 
 GGUF_KEYS = {
     "embedding_length": "hidden_size", "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
@@ -37,8 +36,7 @@ def layout(column, layer, **others):
 
 
 HUGGING_FACE = layout(1, "model.layers.{}.", embed="model.embed_tokens", norm="model.norm", unembed="lm_head")
-META = layout(2, "layers.{}.", embed="tok_embeddings", norm="norm", unembed="output")
-GGUF = layout(3, "blk.{}.", embed="token_embd", norm="output_norm", unembed="output")
+GGUF = layout(2, "blk.{}.", embed="token_embd", norm="output_norm", unembed="output")
 EAGLE = layout(1, "midlayer.", embed="embed_tokens", fc="fc", norm="norm", unembed="lm_head",
                token_norm="midlayer.input_layernorm", feature_norm="midlayer.hidden_norm")
 
@@ -61,7 +59,7 @@ def sizes(c):
                 max_len=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6))
 
 
-def hugging_face_config(c, tensors):
+def hugging_face_config(c):
     """transformers 5 has one dictionary of rotary numbers, transformers 4 one and, if need be, another."""
     rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10000.0), **(c.get("rope_scaling") or {})}
     kind, scaling = c["model_type"], rope.get("rope_type", rope.get("type", "default"))
@@ -77,28 +75,17 @@ def gguf_config(metadata, tensors):
     """A GGUF file's numbers, by Hugging Face's names. Llama 3.1's rotary scaling is not among them, but a tensor."""
     kind = metadata["general.architecture"]
     c = {name: metadata[f"{kind}.{key}"] for key, name in GGUF_KEYS.items() if f"{kind}.{key}" in metadata}
-    c |= {"model_type": kind, "vocab_size": len(tensors["token_embd.weight"][0].data),
+    c |= {"model_type": kind, "vocab_size": len(tensors["token_embd.weight"].data),
           "rope_scaling": {"type": metadata.get(f"{kind}.rope.scaling.type", "none")}}
-    return hugging_face_config(c | {"tie_word_embeddings": "output.weight" not in tensors}, tensors)
-
-
-def meta_config(p, tensors):
-    """params.json lacks what Meta's code knows; its vocab_size may be -1, its feed-forward width is a formula's."""
-    scaled = p.get("use_scaled_rope", False)
-    return ModelConfig(
-        vocab_size=sum(map(len, tensors["output.weight"])), layers=p["n_layers"], dim=p["dim"], heads=p["n_heads"],
-        ffn_dim=sum(map(len, tensors["layers.0.feed_forward.w1.weight"])), head_dim=p["dim"] // p["n_heads"],
-        kv_heads=p.get("n_kv_heads") or p["n_heads"], norm_eps=p["norm_eps"], rope_theta=p.get("rope_theta", 10000.0),
-        rope_scaling=(8.0, 1.0, 4.0, 8192) if scaled else None, tied=False,
-        max_len=131072 if scaled else 8192 if "rope_theta" in p else 2048)
+    return hugging_face_config(c | {"tie_word_embeddings": "output.weight" not in tensors})
 
 
 def eagle_config(c, tensors):
     """Sizes that files get wrong or lack (head_dim, target_hidden_size) are read off the tensors; there is one layer,
     whatever num_hidden_layers says. The rotary base is rope_theta, or 10000, never scaled: so EAGLE trains them."""
-    target_dim = tensors["fc.weight"][0].shape[1] // 3
+    target_dim = tensors["fc.weight"].shape[1] // 3
     return HeadConfig(
-        **sizes(c) | {"head_dim": len(tensors["midlayer.self_attn.q_proj.weight"][0]) // c["num_attention_heads"]},
+        **sizes(c) | {"head_dim": len(tensors["midlayer.self_attn.q_proj.weight"]) // c["num_attention_heads"]},
         draft_vocab_size=c.get("draft_vocab_size") or c["vocab_size"], rope_theta=c.get("rope_theta", 10000.0),
         target_dim=target_dim, own_embedding="embed_tokens.weight" in tensors or c["hidden_size"] != target_dim)
 
@@ -122,26 +109,22 @@ def locate(source):
 
 @lru_cache(1)                                                     # target, tokenizer and template all come from one
 def read_gguf(path):
-    """{key: contents}, {tensor name: [tensor]}, mapped and quantised: `join` in load.py makes them PyTorch's."""
+    """{key: contents}, {tensor name: tensor}, mapped and quantised: `join` in load.py makes them PyTorch's."""
     with reading(path):
         from gguf import GGUFReader
         reader = GGUFReader(path, "c")                            # copy on write: PyTorch takes no read-only arrays
         return ({key: field.contents() for key, field in reader.fields.items()},
-                {tensor.name: [tensor] for tensor in reader.tensors})
+                {tensor.name: tensor for tensor in reader.tensors})
 
 
 def map_files(folder):
-    """{published name: [tensor, one from each file that has a part of it]}, mapped: nothing is read yet."""
+    """{published name: tensor}, mapped: nothing is read yet."""
     tensors = {}
-    for pattern in "pytorch_model*.bin", "model*.safetensors", "consolidated.*.pth":
-        for file in () if tensors else sorted(folder.glob(pattern)):
-            with reading(file):
-                if file.suffix == ".safetensors":
-                    from safetensors.torch import load_file
-                    contents = load_file(file)
-                else:
-                    contents = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                for name, tensor in contents.items():
-                    if name not in tensors or tensor.dim() > 1:   # norms are whole in each of Meta's
-                        tensors.setdefault(name, []).append(tensor)
+    for file in sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("model*.safetensors")):
+        with reading(file):
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+                tensors |= load_file(file)
+            else:
+                tensors |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return tensors

@@ -1,10 +1,10 @@
-"""Released tokenizers, used like tiktoken's: tokenizer.json, GGUF's, rank files (Llama 3), SentencePiece (Llama 2)."""
+"""Released tokenizers, used like tiktoken's: tokenizer.json, GGUF's, SentencePiece (Llama 2, Vicuna)."""
 from pathlib import Path
 
 import tiktoken
 
 from gto.released.files import locate, read_gguf, read_json
-from gto.tokenizer import LLAMA3_PATTERN, Encoding, make_encoding, read_ranks
+from gto.tokenizer import LLAMA3_PATTERN, Encoding, make_encoding
 from gto.util import reading
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -27,18 +27,7 @@ def load(source):
             return tiktoken.get_encoding(str(source))
     if path.suffix in (".gguf", ".json"):
         return load_byte_level(path)
-    if (ranks := read_ranks(path)) is None:
-        return SentencePieceEncoding(path)
-    with reading(path):
-        return make_encoding(str(path), LLAMA3_PATTERN, ranks, llama3_specials(len(ranks)))
-
-
-def llama3_specials(first):
-    """The 256 special tokens of Llama 3.1 at ids first..first+255."""
-    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
-             7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
-    reserved = (f"reserved_special_token_{i}" for i in range(256))
-    return {f"<|{named.get(i) or next(reserved)}|>": first + i for i in range(256)}
+    return SentencePieceEncoding(path)
 
 
 def load_byte_level(path):
