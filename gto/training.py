@@ -31,7 +31,6 @@ class Texts(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One training."""
     name: str            # of its progress bar, log lines and checkpoint
     steps: int
     batch: int           # sequences at a time, of which a step takes config.accumulate on every rank of a torchrun

@@ -118,7 +118,6 @@ class Ablation:
         held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
         encoding = checkpoint.load_encoding(out)
         checkpoint.remember_config(self.folder, config)           # from here on nothing can be wrong
-
         prompts = [encoding.encode_ordinary(turns[0])[:PROMPT] for turns in held_out]
         others, prompts = prompts[::3], [prompt for i, prompt in enumerate(prompts) if i % 3]
         self.test = {T: fixed_text(self.target, prompts, config.eval_tokens, T, self.shape.depth) for T in SCORE_TEMPS}
