@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels.fused import add_rms_norm, rotate, silu_mul
+from kernels.fused import add_rms_norm, rotate
 from kernels.tree_attention import tree_attention
 
 
@@ -151,7 +151,8 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x):
-        return self.down(silu_mul(self.gate_up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class Layer(nn.Module):

@@ -92,25 +92,6 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, first_ptr, second_ptr, out_ptr, x_b,
     tl.store(out_at + HALF, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def silu_mul(gate_up):
-    """SwiGLU's element-wise part: gate_up [..., 2F] -> silu(gate) * up [..., F]."""
-    if not use_triton(gate_up):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
-    F = gate_up.shape[-1] // 2
-    out = gate_up.new_empty(*gate_up.shape[:-1], F)
-    _silu_mul_kernel[(out.numel() // F, triton.cdiv(F, 1024))](gate_up.contiguous(), out, F, BLOCK=1024)
-    return out
-
-
-@triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
-    row, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(gate_up_ptr + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * F + f, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=f < F)
-
-
 def frontier(scores, tokens, hidden, seen, older):
     """The k best candidates of a draft's newest level, which was proposed by m nodes, k children each; at a tie the
     lowest index first.

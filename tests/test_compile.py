@@ -109,7 +109,6 @@ def call_the_rest(torch):
     fused.embed_norm_cat(tokens, empty(1000, 4096), weight, x, weight, 1e-5)
     for norms in None, (head_weight, head_weight, 32, 1e-5):
         fused.rotate(empty(1, 60, 48, 128)[:, :, :40], *empty(2, 1, 60, 64, dtype=torch.float32), norms)
-    fused.silu_mul(empty(1, 60, 2 * 14336))
 
 
 def main(*architectures):

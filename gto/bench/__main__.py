@@ -18,7 +18,6 @@ from gto.engine import Engine, cut
 from gto.evaluate import speeds
 from gto.page import watch, write_page
 from gto.policy import make_engine
-from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
 from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, start, table
 from gto.verify import Sampling
@@ -35,27 +34,6 @@ def load_methods(arguments, out, target):
             raise UserError(f"--head {method} is there twice: write NAME=PATH")
         methods[method] = partial(make_engine, target, head, way, file, out)
     return methods
-
-
-def answer_everything(methods, questions, new_tokens, stop, encoding, encode):
-    """Every method on every turn: first all first turns, then the second ones with ar's answers in their history.
-    methods {name: function of a capacity -> Engine}; questions [[turn, ...]]; encode: see `load_run`. -> the prompts
-    [ids] and, in the same order, {name: [Decoded]}."""
-    prompts, results, history = [], {name: [] for name in methods}, [[] for _ in questions]
-    for turn in range(max(map(len, questions))):
-        asked = [(turns[turn], texts) for turns, texts in zip(questions, history) if turn < len(turns)]
-        new = [encode([*texts, question]) for question, texts in asked]
-        room = max(map(len, new)) + new_tokens
-        engines = {name: make(capacity=room) for name, make in methods.items()}
-        if room > (most := engines["ar"].target.config.max_len):
-            raise UserError(f"a conversation may take {room} tokens, the context holds {most}: lower --max-new-tokens")
-        for name, decoded in speeds(engines, new, new_tokens, stop, desc=f"turn {turn + 1}").items():
-            results[name] += decoded
-        for (question, texts), decoded in zip(asked, results["ar"][len(prompts):]):
-            answer = [token for token in cut(decoded.tokens[:new_tokens], stop) if token not in stop]
-            texts += [question, StreamDecoder(encoding).push(answer)]
-        prompts += new
-    return prompts, results
 
 
 def summary(mine, ar):
@@ -75,18 +53,19 @@ def benchmark(arguments):
     out, target, encoding, encode, stop = load_run(arguments)
     methods = load_methods(arguments, out, target)
     questions = read_prompts(arguments.prompts or out / "prompts.jsonl", arguments.limit or None)
-    rows, new_tokens = [], arguments.max_new_tokens
+    rows, new_tokens, prompts = [], arguments.max_new_tokens, [encode(turns[:1]) for turns in questions]
+    if (room := max(map(len, prompts)) + new_tokens) > target.config.max_len:
+        raise UserError(f"{room} tokens, but the context holds {target.config.max_len}: lower --max-new-tokens")
     for T in arguments.temperature:
         torch.manual_seed(arguments.seed)
-        makers = {name: partial(make, sampling=Sampling(T)) for name, make in methods.items()}
-        prompts, results = answer_everything(makers, questions, new_tokens, stop, encoding, encode)
+        engines = {name: make(sampling=Sampling(T), capacity=room) for name, make in methods.items()}
+        results = speeds(engines, prompts, new_tokens, stop, desc=f"T={T:g}")
         for name in methods:
             answers = ([cut(each.tokens[:new_tokens], stop) for each in results[way]] for way in (name, "ar"))
             equal = f"{sum(map(list.__eq__, *answers))} of {len(prompts)}"            # the seed's text, at any T
             rows.append({"T": f"{T:g}", "method": name, **summary(results[name], results["ar"]), "equal": equal})
     if arguments.report:
-        engine = makers[name](capacity=len(prompts[0]) + new_tokens)
-        decode = watch(engine, prompts[0], encoding, new_tokens, stop)
+        decode = watch(engines[name], prompts[0], encoding, new_tokens, stop)
         write_page(arguments.report, f"Side by side, and a decode by {name}", decode, rows=rows)
     return {"rows": rows}
 
