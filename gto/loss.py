@@ -128,7 +128,7 @@ def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):
     """How much of the target's greedy path the re-ranking keeps, without drafting a tree. -> loss, metrics.
 
     A step's path score, at a temperature, is compared with that of the last node a tree keeps, a constant threshold, by
-    a sigmoid of this width, both in nats. A step counts only with all before it; far above the cut it gets no gradient."""
+    a sigmoid of this width (nats). A step counts only with all before it; far above the cut it gets no gradient."""
     text, (_, R, steps) = batch.text, batch.weight.shape
     own = text.choice[:, :-1] == text.tokens[:, 1:]                                   # [B, T-1] t+1 is its own choice
     own = own[:, 1 - steps - R:-1].unfold(1, steps - 1, 1)                            # [B, R, J] by chain
