@@ -112,14 +112,14 @@ class Engine:
 
     def verify(self, tree):
         """One target forward over the tree; commits the accepted path and updates the state."""
-        positions = self.length[:, None] + tree.depth                                 # [B, N]
+        positions, width = self.length[:, None] + tree.depth, min(self.width, tree.depth.shape[1])    # [B, N]; P
         hidden, features, keys, values = self.target(tree.tokens, positions, tree.mask,
                                                      Prefix(self.target_cache, self.length))
         uniform = self.uniform.gather(1, positions.clamp(max=self.capacity - 1)) if self.sampling.temperature else None
-        path, num_accepted, emitted = verify(self.target.logits(hidden), tree, self.sampling, self.width, uniform)
+        path, num_accepted, emitted = verify(self.target.logits(hidden), tree, self.sampling, width, uniform)
         self.target_cache.commit(keys, values, self.length, path)
-        self.features[:, :self.width] = rows(features, path)
-        self.emitted[:, :self.width] = emitted
+        self.features[:, :width] = rows(features, path)
+        self.emitted[:, :width] = emitted
         self.num_accepted.copy_(num_accepted)
         self.length.add_(num_accepted + 1).clamp_(max=self.capacity)   # what waits for others stays in the cache
 

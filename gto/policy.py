@@ -78,8 +78,9 @@ class Fixed:
 class Rule:
     """Draft on while the next level promises more accepted tokens than it costs, its time counted in tokens at the
     speed of decoding so far; then verify the size that promises most beyond its cost. A promise is the head's
-    probability times `trust`, what came true of earlier ones. Where no size is worth its cost, a look at a draft is
-    lost time: each such look in a row doubles the cycles of plain decoding before the next one. Needs no training."""
+    probability times `trust`, what came true of earlier ones. Needs no training.
+
+    While cycles with drafts are slower than plain decoding, each in a row doubles the plain ones before the next."""
     memory, longest_wait = 0.98, 16      # of a cycle ago, in what trust and speed are taken from; cycles
 
     def __init__(self, costs):
@@ -88,10 +89,10 @@ class Rule:
         self.level_cost = [*np.diff(costs.draft) + 2 * node, float("inf")]            # of another level, with two nodes
         self.accepted = self.promised = 2.0
         self.tokens, self.seconds = 20.0, 20 * costs.verify[0]                        # as if by plain decoding
-        self.wait, self.patience = 0, 1
+        self.wait, self.patience, self.waited = 0, 1, False
 
     def rate(self):
-        """Tokens a second that time is worth: what decoding makes of it, or would make without drafts."""
+        """Tokens a second that time is worth: what drafting makes of it, or plain decoding would."""
         return max(self.tokens / self.seconds, 1 / self.costs.verify[0])
 
     def stop(self, observation):
@@ -111,21 +112,23 @@ class Rule:
         cost = self.costs.draft[round(float(seen[0] * self.space.depth)) - 1] + self.costs.verify
         size = int((self.accepted / self.promised * promised - cost * self.rate()).argmax())
         self.cycle = promised[size], cost[size]
-        self.wait, self.patience = (0, 1) if size else (self.patience - 1, min(2 * self.patience, self.longest_wait))
         return size
 
     def waits(self):
-        if self.wait == 0:
-            return False
-        self.wait, self.cycle = self.wait - 1, (0.0, self.costs.verify[0])
-        return True
+        self.waited = self.wait > 0
+        self.wait -= self.waited
+        return self.waited
 
     def learn(self, accepted):
+        if self.waited:
+            return
         promised, seconds = self.cycle
         self.accepted = (1 - self.memory) * 2 + self.memory * self.accepted + accepted
         self.promised = (1 - self.memory) * 2 + self.memory * self.promised + promised
         self.tokens = self.memory * self.tokens + accepted + 1
         self.seconds = self.memory * self.seconds + seconds
+        slow = self.tokens * self.costs.verify[0] < self.seconds
+        self.wait, self.patience = (self.patience, min(2 * self.patience, self.longest_wait)) if slow else (0, 1)
 
 
 class AdaptiveEngine(Engine):
@@ -200,14 +203,17 @@ def measure(target, head, space, rounds=8, context=128):
         return result
 
     engine.run = timed
-    for _, size in itertools.product(range(rounds), range(len(space.sizes))):
-        engine.policy = Fixed(space, space.depth, size)
-        engine.length.fill_(context)
-        engine.num_accepted.fill_(1)
-        engine.step()
+    filled = [next(depth for depth in range(1, space.depth + 1) if space.nodes(depth, size) == nodes)
+              for size, nodes in enumerate(space.sizes)]                              # levels that a size needs
+    for _ in range(rounds):
+        for policy in (Fixed(space, space.depth, 0), *(Fixed(space, *each) for each in zip(filled, range(len(filled))))):
+            engine.policy = policy
+            engine.length.fill_(context)
+            engine.num_accepted.fill_(1)
+            engine.step()
     took = {key: median(seconds[1:]) for key, seconds in times.items()}               # the first warmed up
     draft = np.cumsum([took["draft", depth] + took["observe", depth] for depth in range(1, space.depth + 1)])
-    return Costs(space, draft, np.array([took["verify", space.depth, nodes] for nodes in space.sizes]))
+    return Costs(space, draft, np.array([took["verify", *each] for each in zip(filled, space.sizes)]))
 
 
 def costs_here(folder, target, head, space=None):

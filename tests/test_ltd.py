@@ -150,7 +150,7 @@ def test_rule_at_the_extremes():
 
 
 def test_rule_leaves_hopeless_drafts_out_and_comes_back():
-    """Looks that find nothing become rare, doubling up to the longest wait; one that pays ends that."""
+    """Cycles that bring nothing become rare, doubling up to the longest wait; ones that pay end that."""
     rule, looks = Rule(PARTS), []
     hopeless, sure = np.zeros(WIDTH), np.ones(WIDTH)
     hopeless[0] = sure[0] = 1 / SPACE.depth
@@ -159,10 +159,12 @@ def test_rule_leaves_hopeless_drafts_out_and_comes_back():
             looks.append(cycle)
             rule.size(hopeless)
         rule.learn(0)
-    assert np.diff(looks).tolist()[:8] == [1, 2, 4, 8, 16, 16, 16, 16]
-    while rule.waits():
-        rule.learn(0)
-    assert rule.size(sure) > 0 and not rule.waits()
+    assert np.diff(looks).tolist() == [2, 3, 5, 9, 17, 17, 17, 17]
+    for cycle in range(200):
+        if not rule.waits():
+            rule.size(sure)
+        rule.learn(4)
+    assert not rule.waits() and rule.patience == 1
 
 
 def test_rule_trusts_what_came_true():

@@ -26,7 +26,9 @@ from gto.released import export
 from gto.tokenizer import save_ranks
 from gto.util import main_guard
 from kernels import bench as kernels_bench
+from tests.test_data import write_hugging_face
 from tests.test_load import hugging_face_release, write_release
+from tests.test_real import LLAMA3
 from tests.tiny import tiny_models
 
 VOCAB = 300
@@ -64,6 +66,7 @@ def folder(tmp_path_factory):
         save("begun/draft.partial.pt", kind="training", model={"x": torch.zeros(1)}, optimizers=[], step=3, seconds=1.0)
         save_policy("out/policy-gto.pt", Learned(Space(2, 4, (0, 1, 8)), 8), gain=0.1)
         write_release(Path("Llama"), *hugging_face_release(target))
+        write_hugging_face(Path("Llama/tokenizer.json"), {bytes([i]): i for i in range(256)}, added_tokens=LLAMA3)
         save_ranks("Llama/tokenizer.model", {bytes([i]): i for i in range(256)})
         export.export("out/gto.pt", "eagle")
         Path("chat.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "Hi"},

@@ -17,9 +17,9 @@ from gto.config import Config
 from gto.loss import OBJECTIVES, learnt_positions
 from gto.model import ModelConfig, Target
 from gto.released import chat
-from gto.tokenizer import save_ranks
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.util import UserError
+from tests.test_data import write_hugging_face
 from tests.test_load import hugging_face_release, randomize, write_release
 from tests.tiny import run_here as run, tiny_models
 
@@ -34,13 +34,17 @@ def talk(*turns):
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]}
 
 
+NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+LLAMA3 = [{"id": 256 + i, "content": f"<|{NAMES.get(i, f'reserved_{i}')}|>"} for i in range(256)]
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     """A random target as downloaded, and conversations: a token is a byte, or one of Llama 3's special ones."""
     folder = tmp_path_factory.mktemp("release")
     config = ModelConfig(vocab_size=512, layers=3, dim=24, heads=4, kv_heads=2, head_dim=6, ffn_dim=32, tied=False)
     write_release(folder / "Llama", *hugging_face_release(randomize(Target(config))))
-    save_ranks(folder / "Llama/tokenizer.model", {bytes([i]): i for i in range(256)})
+    write_hugging_face(folder / "Llama/tokenizer.json", {bytes([i]): i for i in range(256)}, added_tokens=LLAMA3)
     talks = [talk(f"What is {i} + {i}?" + " Say it at length." * (i % 3), f"It is {2 * i}. " + "Really. " * i, "Sure?",
                   "Yes.") for i in range(8)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in talks))
