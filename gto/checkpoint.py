@@ -12,7 +12,7 @@ from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
 from gto.tokenizer import end_of_text_id, make_encoding, read_own_meta, read_ranks
-from gto.util import (UserError, append_log, compute_dtype, one_thread_if_small, rank, reading, wait, write_text,
+from gto.util import (UserError, append_log, compute_dtype, one_thread_if_small, rank, reading, wait,
                       write_whole)
 
 
@@ -116,7 +116,7 @@ def remember_config(out, config, corpus=None, **inputs):
             raise UserError(f"{path} has another {', '.join(changed)}: choose another --out-dir")
         for name in ("tokenizer.model", "prompts.jsonl", "meta.json") if corpus else ():
             write_whole(out / name, Path(corpus.directory, name).read_bytes())
-        write_text(path, json.dumps(now, indent=1))
+        write_whole(path, json.dumps(now, indent=1))
     wait()
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gto.checkpoint import load_encoding
 from gto.tokenizer import END_OF_TEXT, LLAMA3_PATTERN, make_encoding, read_own_meta, save_tokenizer, train_bpe
-from gto.util import UserError, reading, write_text, write_whole
+from gto.util import UserError, reading, write_whole
 
 DEFAULT_VOCAB_SIZE = 2048
 BPE_SAMPLE_CHARS = 20_000_000       # more text does not change a small vocabulary, but costs time
@@ -160,8 +160,8 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
         tokens = np.concatenate(parts)
         write_whole(out / f"{side}.bin", tokens)
         meta |= {f"{side}_documents": len(documents), f"{side}_tokens": len(tokens)}
-    write_text(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
-    write_text(out / "meta.json", json.dumps(meta, indent=1))
+    write_whole(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
+    write_whole(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 

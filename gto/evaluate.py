@@ -17,7 +17,7 @@ from gto.page import watch, write_page
 from gto.policy import AdaptiveEngine, Rule, costs_here
 from gto.rollout import Text, target_forward
 from gto.tree import TreeShape, draft_tree
-from gto.util import one_thread_if_small, rank, synchronize, table, write_text
+from gto.util import one_thread_if_small, rank, synchronize, table, write_whole
 from gto.verify import Sampling, accept
 
 SCORE_TEMPS = {0.0: (0.2, 0.4, 0.6, 1.0), 1.0: (0.6, 1.0, 1.5)}    # to choose from, by decoding temperature
@@ -216,8 +216,8 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
              f"GTO {'beats' if gains else 'does not beat'} the control by two standard errors at {gains or 'any T'}."]
     text = "\n".join([table([dict.fromkeys(rows[1], "") | row for row in rows]), "", *lines])
     results |= {"rows": rows, "differences": differences}
-    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(out / "table.md", text + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_whole(out / "table.md", text + "\n")
     engine = Engine(target, heads["gto"][0], TreeShape.parse(config.tree), capacity=len(prompts[0]) + new_tokens)
     decode = watch(engine, prompts[0], encoding, new_tokens, stop)
     write_page(out / "report.html", f"A run: {out.name}", decode, lines, log=read_log(out), **results)

@@ -1,5 +1,4 @@
 """The losses: token-level training (phase I) and the objectives of phase II, one equation a function.
-
 For one of your own, write a function like `keep_objective` and name it in OBJECTIVES: `train.py --objective` knows it.
 The reward (eq. 3-5) is `gto.rollout.tree_reward`."""
 from typing import NamedTuple

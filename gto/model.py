@@ -1,7 +1,5 @@
-"""The target: a Llama-style decoder with a static KV cache. A Llama-3.1-8B is only other numbers.
-
-One forward serves training and prefill (causal, nothing cached), one-token decoding and tree verification
-(a cached prefix, positions and an ancestor mask)."""
+"""The target: a Llama-style decoder with a static KV cache. One forward serves training and prefill (causal, nothing
+cached), one-token decoding and tree verification (a cached prefix, positions and an ancestor mask)."""
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gto.engine import Engine
 from gto.model import Prefix
 from gto.tree import TreeShape, expand
-from gto.util import synchronize, write_text
+from gto.util import synchronize, write_whole
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def costs_here(folder, target, head, space=None):
     except (OSError, ValueError, LookupError, TypeError):
         pass                                                                          # there is none, or it is damaged
     costs = measure(target, head, space)
-    write_text(path, json.dumps({"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}))
+    write_whole(path, json.dumps({"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}))
     return costs
 
 

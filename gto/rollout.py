@@ -1,7 +1,6 @@
 """Phase II's experience: draft trees at groups of positions of a text, and what the target makes of them.
 
-Nothing here but `sequence_log_prob` carries a gradient. All trees of a batch are drafted and verified side by side and
-share their sequence's keys and values: a tree names its cache row and how much of it it sees."""
+Nothing here but `sequence_log_prob` carries a gradient. All trees of a batch are drafted and verified side by side."""
 from typing import NamedTuple
 
 import torch

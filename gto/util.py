@@ -92,18 +92,14 @@ def table(rows):
 
 
 def write_whole(path, data):
-    """Write bytes to a temporary file, then rename: a crash leaves the old file or the new one, never half of one."""
+    """Write bytes or text to a temporary file, then rename: a crash leaves the old file or the new one, never half of one."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.write_bytes(data)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    write_whole(path, text.encode())
 
 
 def append_log(path, **record):

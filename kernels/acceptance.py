@@ -4,8 +4,8 @@ A row of logits (one node) is 128k numbers and there are only 60 of them, so a r
 one program: its largest logit, the sum of exp(logit - largest), and its k best logits. From these few numbers a second
 kernel has the row's log-sum-exp and k best: what a head proposes, or for k = 1 the choice at T=0. At T>0 the choice is
 a sample by inverse CDF, from ONE uniform number u: the chunk sums say in which chunk the cumulated probability passes
-u, and only that chunk is read again to find the token. (Gumbel noise would need a random number for every logit: eight
-times the work of the whole scan.) What the target thinks of a node is one logit minus its parent's log-sum-exp."""
+u, and only that chunk is read again to find the token. (Gumbel noise would need a random number for every logit.)
+What the target thinks of a node is one logit minus its parent's log-sum-exp."""
 import math
 
 import torch

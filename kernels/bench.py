@@ -1,8 +1,7 @@
 """Are the kernels faster than what PyTorch offers? One table per question, on one GPU: python -m kernels.bench
 
-A time is the median over replays of a CUDA graph, which holds one call after another. The calls walk over copies of the
-large input that together exceed the L2 cache several times: each finds it cold, as a decoder does that has just read
-its weights. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
+A time is the median over replays of a CUDA graph of calls that walk over copies of the large input, several L2 caches of
+them: each finds it cold, as a decoder does. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
 import argparse
 import json
 import sys

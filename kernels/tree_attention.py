@@ -6,8 +6,8 @@ and key head, and one *split* of the prefix, which is cut because a tree of 60 n
 processors. It walks over its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of
 exp(score - largest) and the weighted sum of values, scaled down whenever a larger score turns up. The last split goes
 on with the tree's own keys, the only ones under the ancestor mask. A second kernel averages the splits' outputs,
-weighted by exp(log-sum-exp). How many splits there are depends on shapes only, where one begins is worked out from the
-length *on the device*: nothing waits for the host, and one captured CUDA graph serves every length."""
+weighted by exp(log-sum-exp). The number of splits depends on shapes only, where one begins is worked out *on the
+device*: nothing waits for the host, and one captured CUDA graph serves every length."""
 import math
 
 import torch

@@ -132,10 +132,10 @@ def out(tmp_path_factory):
 def test_ablation_from_ceilings_to_tables(out, monkeypatch):
     def ablation(flags):
         ablate.main(["--out-dir", str(out), "--steps", "2", "--device", "cpu", *flags.split()])
-        return (out / "ablate/table.md").read_text()
+        return (out / "ablate-2-3,3,6/table.md").read_text()
 
     assert "the target drafts for itself" in ablation("--only ceilings")
-    assert ablate.read_results(out / "ablate").keys() == {"draft"}
+    assert ablate.read_results(out / "ablate-2-3,3,6").keys() == {"draft"}
     train_head, failures = ablate.train_head, [KeyboardInterrupt]
 
     def timed_training(stage, config, *rest):
@@ -144,26 +144,26 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
             raise failures.pop()
         train_head(stage, config, *rest)
         seconds = stage.steps * (0.25 if rest[-2] is None else 1.0 if config.objective == "gto" else 0.5)
-        append_log(out / "ablate/log.jsonl", stage=stage.name, finished=True, seconds=seconds)
+        append_log(out / "ablate-2-3,3,6/log.jsonl", stage=stage.name, finished=True, seconds=seconds)
 
     flags = "--only keep m=4 --seeds 2"
     monkeypatch.setattr(ablate, "train_head", timed_training)
     monkeypatch.setattr(ablate, "TRIAL", 1)
     with pytest.raises(KeyboardInterrupt):
         ablation(flags)
-    partial = ablate.read_results(out / "ablate")
+    partial = ablate.read_results(out / "ablate-2-3,3,6")
     assert [len(partial[name]) for name in ("draft", "gto", "control", "keep", "m=4")] == [1, 2, 1, 1, 1]
-    table, results = ablation(flags), ablate.read_results(out / "ablate")
+    table, results = ablation(flags), ablate.read_results(out / "ablate-2-3,3,6")
     assert {name: [run["seed"] for run in runs] for name, runs in results.items() if name != "draft"} == {
         name: [0, 1] for name in ("gto", "control", "keep", "m=4")}
     assert all(results[name][:len(runs)] == runs for name, runs in partial.items()), "a finished run was run again"
     assert [results[name][0]["steps"] for name in ("gto", "m=4", "keep", "control")] == [2, 2, 4, 8]
     assert "| keep | 2 |" in table and "| m=4 | 2 |" in table and ablation(flags) == table
     before, *after = (checkpoint.read(out / file, "head")["model"]["fc.weight"] for file in (
-        "draft.pt", "ablate/gto-seed1.pt", "ablate/control-seed1.pt", "ablate/keep-seed1.pt"))
+        "draft.pt", "ablate-2-3,3,6/gto-seed1.pt", "ablate-2-3,3,6/control-seed1.pt", "ablate-2-3,3,6/keep-seed1.pt"))
     assert not any(torch.equal(before, weight) for weight in after)
 
-    table, results = ablation("--only steps gto-positive --seeds 1"), ablate.read_results(out / "ablate")
+    table, results = ablation("--only steps gto-positive --seeds 1"), ablate.read_results(out / "ablate-2-3,3,6")
     assert {name: runs[0]["steps"] for name, runs in results.items() if "-" in name} == dict.fromkeys(
         ("gto-positive", "control-steps", "control-sharp-steps", "keep-steps"), 2)
     assert "over control-steps, T=0" in table and len(results["control"]) == 2

@@ -131,9 +131,9 @@ def test_a_row_of_the_roofline(monkeypatch):
         part()
         return {"<lambda>": 4.0, "draft": 1.0, "cycle": 5.0}[part.__name__]
 
-    monkeypatch.setattr(bench.roofline, "milliseconds", milliseconds)
+    monkeypatch.setattr(bench, "milliseconds", milliseconds)
     target, head = tiny_models()
-    row = bench.roofline.measure(target, head, 64, TreeShape(3, 4, 8), copy=1e9)
+    row = bench.roofline_row(target, head, 64, TreeShape(3, 4, 8), copy=1e9)
     read = 4 * (sum(p.numel() for p in target.parameters()) + 2 * 3 * 2 * 64 * 8)     # k, v of 3 layers, 2 heads
     assert row["AR_GB/s"] == row["AR_of_copy"] == pytest.approx(read / 5e-3 / 1e9)
     assert (row["T_draft"], row["T_verify"], row["efficiency"], row["tree"]) == (1, 4, 1, "3,4,8")

@@ -169,8 +169,7 @@ OUT = [("train", ["--out-dir", "note"], "note"), ("train", ["--out-dir", "note/n
        ("bench", ["--out-dir", "note"], "note"), ("ablate", ["--out-dir", "note"], "note"),
        ("ltd", ["--out-dir", "note"], "note"), ("ltd", ["--out-dir", "missing"], "missing"),
        ("prepare", ["--out", "note"], "note"), ("prepare", ["--out", "out/../Llama"], "tokenizer.model"),
-       ("ablate", ["--name", ""], "--name"), ("ablate", ["--name", "../out"], "--name"),
-       ("ablate", ["--name", "target.pt"], "target.pt"), ("export", ["note"], "note"), ("export", ["out"], "out"),
+       ("export", ["note"], "note"), ("export", ["out"], "out"),
        ("export", ["Llama"], "Llama")]
 SIZES = [("train", [f"--{name}", 10 ** 9], f"--{name}") for name in (
     "vocab-size", "length", "layers", "dim", "heads", "head-dim", "ffn-dim", "target-batch", "target-accumulate", "texts", "text-batch",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gto.bench.roofline import SHAPES
+from gto.bench.__main__ import SHAPES
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
 from gto.model import Prefix, Target

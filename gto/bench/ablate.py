@@ -22,7 +22,7 @@ from gto.model import Prefix
 from gto.page import path_log_prob
 from gto.training import Stage, Texts, copy_of, train_head
 from gto.tree import TreeShape, draft_candidates, draft_tree, rerank
-from gto.util import append_log, argument_parser, at_least, main_guard, reading, start, table, write_text
+from gto.util import append_log, argument_parser, at_least, main_guard, reading, start, table, write_whole
 
 TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
@@ -102,16 +102,15 @@ def ceilings(target, head, fixed, shape, score_temp, temperature):
 
 
 class Ablation:
-    """A phase-I head, the texts along which all heads are compared, and the folder of the results."""
+    """A phase-I head, the texts along which all heads are compared, and the folder of the results, by steps and tree."""
 
     def __init__(self, arguments):
-        """UserError if the results' folder was begun with other steps or another tree."""
         start(arguments.device)
         out = Path(arguments.out_dir)
-        config, self.folder = checkpoint.load_config(out), out / arguments.name
+        config = checkpoint.load_config(out)
         self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objective="gto",
                                              gto_steps=arguments.steps or config.gto_steps))
-        self.shape = TreeShape.parse(config.tree)
+        self.shape, self.folder = TreeShape.parse(config.tree), out / f"ablate-{config.gto_steps}-{config.tree}"
         self.target = checkpoint.load_target(out / "target.pt", arguments.device)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)
         self.texts = Texts(*checkpoint.load_texts(out / "text.pt", self.target), [])
@@ -166,7 +165,7 @@ class Ablation:
         text = ("Phase I's tau and ceilings, on the prompts that choose score temperatures; by rank of candidates"
                 f" what their scores promise / what is accepted.\n\n{table(limits)}\n\ntau with tree {self.shape};"
                 f" differences paired by prompt and seed, ± standard error over both.\n\n{table(rows)}\n")
-        write_text(self.folder / "table.md", text)
+        write_whole(self.folder / "table.md", text)
 
 
 def read_results(folder):
@@ -192,7 +191,6 @@ def over_control(results, name, T, control="control"):
 def main(argv=None):
     parser = argument_parser("python -m gto.bench.ablate", __doc__, "--device")
     parser.add_argument("--out-dir", default="out", help="what train.py --stage draft left (default: %(default)s)")
-    parser.add_argument("--name", default="ablate", help="folder in --out-dir for the results (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
                         help="tables and runs: %(choices)s")
     parser.add_argument("--seeds", type=at_least(1), default=3)
@@ -200,8 +198,8 @@ def main(argv=None):
     parser.add_argument("--tree", type=TreeShape.parse, metavar="K,D,G", help="children,depth,nodes; the config's")
     arguments = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
-    results = read_results(Path(arguments.out_dir, arguments.name))
     ablation = Ablation(arguments)
+    results = read_results(ablation.folder)
     if not results:
         ablation.record(ablation.head, run="draft", steps=0, seconds=0.0)
     # A table's name stands for its runs; gto, which sets the time, and control are always run.

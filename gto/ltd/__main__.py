@@ -12,7 +12,7 @@ from gto.evaluate import paired
 from gto.ltd.ppo import Learned, learn, save_policy
 from gto.ltd.replay import best_fixed, decide, drive, oracle, record, replay, seconds_by_choice
 from gto.policy import Rule, costs_here, policy_path
-from gto.util import argument_parser, main_guard, one_thread_if_small, start, table, write_text
+from gto.util import argument_parser, main_guard, one_thread_if_small, start, table, write_whole
 
 HIDDEN = {"cpu": 128, "cuda": 1024}       # the paper's 1024 trains for minutes instead of 20 seconds on a CPU
 TRAIN, VALIDATE, TEST = 64, 16, 48        # texts to learn from, to choose between rule and LTD by; held-out prompts
@@ -61,7 +61,7 @@ def main():
         torch.manual_seed(config.seed)
         costs = costs_here(out, target, head)
         rows += compare(target, head, costs, prompts, held_out, config.eval_tokens, policy_path(path))
-    write_text(out / "ltd.md", table(rows) + "\n")
+    write_whole(out / "ltd.md", table(rows) + "\n")
     print(table(rows))
 
 

@@ -1,5 +1,4 @@
 """Decode once, replay every decision: what any choice of depth and size would have brought and cost.
-
 At T=0 texts and drafts are deterministic: a draft at *every* position says what any policy would decode."""
 from statistics import median
 from timeit import repeat

@@ -10,7 +10,7 @@ from gto.model import Prefix
 from gto.rollout import score_inner_nodes
 from gto.tokenizer import StreamDecoder, token_bytes
 from gto.tree import Tree, ancestor_mask, candidates
-from gto.util import synchronize, write_text
+from gto.util import synchronize, write_whole
 
 
 @torch.inference_mode()
@@ -104,4 +104,4 @@ def write_page(path, title, decode, notes=(), rows=(), **run):
     """decode: what `watch` returns; notes: paragraphs; rows: of a table; run: what else `evaluate.report` found."""
     data = json.dumps({"title": title, "decode": decode, "notes": notes, "rows": rows, **run}, default=str)
     data, page = data.replace("<", "\\u003c"), Path(__file__).with_name("page.html")  # no </script> among the tokens
-    write_text(path, page.read_text(encoding="utf-8").replace("null /* the page's data */", data))
+    write_whole(path, page.read_text(encoding="utf-8").replace("null /* the page's data */", data))

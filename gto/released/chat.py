@@ -17,7 +17,7 @@ from gto.engine import Engine
 from gto.released.files import locate, read_gguf, read_json
 from gto.released.tokenizers import SentencePieceEncoding
 from gto.tokenizer import END_OF_TEXT_NAMES, StreamDecoder
-from gto.util import UserError, rank, reading, wait, write_text
+from gto.util import UserError, rank, reading, wait, write_whole
 from gto.verify import Sampling
 
 MARK = "\ue000"                     # a character nobody uses, where a message's text would stand
@@ -185,7 +185,7 @@ def append_lines(path, target, chat, count, batch, seed, records):
                 raise UserError("the target writes no questions, so it is no chat model: give --data chat.jsonl")
             lines += [json.dumps(record) for record in records(questions, len(lines))][:count - len(lines)]
             if rank() == 0:
-                write_text(path, "\n".join(lines) + "\n")
+                write_whole(path, "\n".join(lines) + "\n")
             bar.update(len(lines) - bar.n)
     wait()
 

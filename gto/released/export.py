@@ -8,7 +8,7 @@ import torch
 from gto import checkpoint
 from gto.head import DraftHead, HeadConfig
 from gto.released.files import EAGLE, pieces
-from gto.util import UserError, argument_parser, main_guard, reading, write_text
+from gto.util import UserError, argument_parser, main_guard, reading, write_whole
 
 
 def export(source, folder, dtype=torch.float16):
@@ -28,7 +28,7 @@ def export(source, folder, dtype=torch.float16):
         tensors["d2t"] = head.token_ids - torch.arange(config.draft_vocab_size)
         tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, head.token_ids, True)
     # SGLang and vLLM go by the architecture's name, EAGLE does not read it.
-    write_text(Path(folder) / "config.json", json.dumps({
+    write_whole(Path(folder) / "config.json", json.dumps({
         "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": config.dim, "intermediate_size": config.ffn_dim, "target_hidden_size": config.target_dim,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
