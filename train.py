@@ -2,7 +2,6 @@
 
     python train.py                      everything, in 10 to 25 minutes on two CPU cores
     python train.py --preset smoke       every step of the way in half a minute
-    python train.py --stage draft        stop after a stage: target, text, draft, gto or table
     python train.py --omega 0.3 --out-dir out/omega     any number of gto/config.py is a flag
 
 For a released chat model (gto/released/README.md), which writes the conversations to learn from itself, or takes yours:

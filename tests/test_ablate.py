@@ -168,6 +168,5 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
         ("gto-positive", "control-steps", "control-sharp-steps", "keep-steps"), 2)
     assert "over control-steps, T=0" in table and len(results["control"]) == 2
 
-    for changed, message in (("--steps 3", "gto_steps"), ("--tree 3,3,7", "tree"), ("--only x", "choose from")):
-        with pytest.raises(UserError, match=message):
-            ablation(changed)
+    with pytest.raises(UserError, match="choose from"):
+        ablation("--only x")

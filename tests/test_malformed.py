@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
         export.export("out/gto.pt", "eagle")
         Path("chat.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "Hi"},
                                                                     {"from": "gpt", "value": "Hello!"}]}))
-        save_ranks("other.model", {bytes([i]): i for i in range(256)} | {b"xx": 999})
+        write_hugging_face(Path("other.json"), {bytes([i]): i for i in range(256)} | {b"xx": 999}, added_tokens=LLAMA3)
         Path("note").write_text("a note")
         Path("empty").mkdir()
     return root
@@ -180,7 +180,7 @@ CONFLICTS = [
     ("decode", ["--method", "ar", "--compare"], "--compare"), ("decode", ["--top-p", 7], "--top-p"),
     ("decode", ["--top-p", 0], "--top-p"), ("decode", ["--tree", "1,5,5", "--policy", "rule"], "--policy"),
     ("decode", ["--chat"], "chat template"), 
-    ("decode", ["--tokenizer", "other.model", "--prompt", "xx"], "--tokenizer"),
+    ("decode", ["--tokenizer", "other.json", "--prompt", "xx"], "--tokenizer"),
     ("decode", ["--head", "out/target.pt"], "target.pt"), ("decode", ["--target", "out/gto.pt"], "gto.pt"),
     ("decode", ["--head", "Llama"], "Llama"), ("decode", ["--target", "eagle"], "eagle"),
     ("bench", ["--head", "a=out/gto.pt", "--head", "a=out/draft.pt"], "--head"),
@@ -291,7 +291,7 @@ TOKENS = {"nothing": ANY["nothing"], "a half": ANY["a half"], "other ids": lambd
 HEAD, OUT_DIR = ["--head", "eagle"], ["--out-dir", "half", "--stage", "table"]
 FILES = [  # file, the damages, the programs that read it, each with the flags for it
     ("out/target.pt", NETWORK, [("decode", []), ("train", []), ("bench", []), ("ablate", []), ("ltd", [])]),
-    ("out/gto.pt", NETWORK, [("decode", []), ("train", []), ("bench", []), ("ltd", []), ("export", ["new"])]),
+    ("out/gto.pt", NETWORK, [("decode", []), ("bench", []), ("ltd", []), ("export", ["new"])]),
     ("out/draft.pt", NETWORK, [("train", ["--stage", "draft"]), ("ablate", []), ("ltd", [])]),
     ("out/policy-gto.pt", MODEL, [("decode", ["--policy", "ltd"])]),
     ("out/text.pt", TEXT, [("train", []), ("ablate", [])]),
