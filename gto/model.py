@@ -95,8 +95,8 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without a bias. A few rows on a CPU read a large weight up to four times faster as weight @ x.T than as x @ weight.T
-    (measured, MKL), and one row as two."""
+    """Without a bias. A few rows on a CPU read a large weight up to four times faster as weight @ x.T than as x @
+    weight.T (measured, MKL), and one row does as two."""
 
     def __init__(self, in_dim, out_dim):
         super().__init__(in_dim, out_dim, bias=False)

@@ -206,8 +206,8 @@ def measure(target, head, space, rounds=8, context=128):
     filled = [next(depth for depth in range(1, space.depth + 1) if space.nodes(depth, size) == nodes)
               for size, nodes in enumerate(space.sizes)]                              # levels that a size needs
     for _ in range(rounds):
-        for policy in (Fixed(space, space.depth, 0), *(Fixed(space, *each) for each in zip(filled, range(len(filled))))):
-            engine.policy = policy
+        for depth, size in [(space.depth, 0), *zip(filled, range(len(filled)))]:
+            engine.policy = Fixed(space, depth, size)
             engine.length.fill_(context)
             engine.num_accepted.fill_(1)
             engine.step()

@@ -92,7 +92,7 @@ def table(rows):
 
 
 def write_whole(path, data):
-    """Write bytes or text to a temporary file, then rename: a crash leaves the old file or the new one, never half of one."""
+    """Write bytes or text to a temporary file, then rename: a crash leaves the old file or the new one, whole."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:

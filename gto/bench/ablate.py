@@ -102,7 +102,7 @@ def ceilings(target, head, fixed, shape, score_temp, temperature):
 
 
 class Ablation:
-    """A phase-I head, the texts along which all heads are compared, and the folder of the results, by steps and tree."""
+    """A phase-I head, the texts along which all heads are compared, and the results' folder, by steps and tree."""
 
     def __init__(self, arguments):
         start(arguments.device)

@@ -73,8 +73,8 @@ def fill(model, layout, tensors, path, device, dtype):
 
 
 def convert(name, tensor, shape, config):
-    """A published tensor of this shape as ours. llama.cpp rotates neighbours (2j, 2j+1) in a Llama, we rotate halves (j,
-    j + D/2): so the rows within its query or key heads move."""
+    """A published tensor of this shape as ours. llama.cpp rotates neighbours (2j, 2j+1) in a Llama, we rotate halves
+    (j, j + D/2): so the rows within its query or key heads move."""
     if not isinstance(tensor, torch.Tensor):
         from gguf.quants import dequantize                        # NotImplementedError for some quantisations
         tensor = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
