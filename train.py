@@ -1,6 +1,6 @@
 """From nothing to the paper's comparison: data, target, draft head, its continuation, GTO, a table.
 
-    python train.py                      everything, in 10 to 25 minutes on two CPU cores
+    python train.py                      everything, in 10 to 20 minutes on two CPU cores
     python train.py --preset smoke       every step of the way in half a minute
     python train.py --omega 0.3 --out-dir out/omega     any number of gto/config.py is a flag
 

@@ -71,7 +71,7 @@ class Config:
 
 
 PRESETS = {
-    "laptop": Config(),            # 10 to 25 minutes on two cores, as free as they are
+    "laptop": Config(),            # 10 to 20 minutes on two cores
     # Every step of the way in half a minute: to see that a change runs. Its figures mean nothing.
     "smoke": Config(layers=4, dim=64, heads=2, kv_heads=1, ffn_dim=128, length=128, target_steps=60, texts=128,
                     head_ffn_dim=128, head_steps=40, gto_steps=6, seeds=1, tree="4,3,8", eval_prompts=16,

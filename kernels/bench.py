@@ -1,7 +1,7 @@
 """Are the kernels faster than what PyTorch offers? One table per question, on one GPU: python -m kernels.bench
 
 A time is the median over replays of a CUDA graph of calls that walk over copies of the large input, several L2 caches
-of them: each finds it cold, as a decoder does. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
+of them: each finds it cold. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
 import argparse
 import json
 import sys
