@@ -192,7 +192,7 @@ class AdaptiveEngine(Engine):
 
 
 @torch.inference_mode()
-def measure(target, head, space, rounds=8, context=128):
+def measure(target, head, space, rounds=12, context=128):
     """What the parts of a cycle take here, behind `context` tokens: medians over rounds of all sizes. -> Costs."""
     engine, times = AdaptiveEngine(target, head, Fixed(space, space.depth, 0), capacity=context + space.depth + 1), {}
 
