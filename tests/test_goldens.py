@@ -68,7 +68,8 @@ def test_target_fixture(fixture, tmp_path):
 
 
 @needs_goldens
-@pytest.mark.parametrize("folder", ["llama_gqa_llama3rope", "llama_mha_tied_bin", "llama_v5config_tied", "qwen3_untied"])
+@pytest.mark.parametrize("folder", [
+    "llama_gqa_llama3rope", "llama_mha_tied_bin", "llama_v5config_tied", "qwen3_untied"])
 def test_target(folder):
     values = golden_tensors(f"{folder}/expected.safetensors")
     target = load_target(GOLDENS / folder)

@@ -185,7 +185,8 @@ def test_rule_replayed_equals_rule_live(models, recording, memory):
     cycles = list(live_cycles(AdaptiveEngine(*models, spy)))
     replayed = drive(driven, recording, PARTS)
     assert replayed.tau == pytest.approx(sum(accepted + 1 for _, accepted in cycles) / len(cycles))
-    seconds = [PARTS.verify[0] if level < 0 else PARTS.draft[level] + PARTS.verify[size] for level, size in spy.decisions]
+    seconds = [PARTS.verify[0] if level < 0 else PARTS.draft[level] + PARTS.verify[size]
+               for level, size in spy.decisions]
     assert replayed.rate == pytest.approx(sum(accepted + 1 for _, accepted in cycles) / sum(seconds))
 
 

@@ -172,7 +172,8 @@ OUT = [("train", ["--out-dir", "note"], "note"), ("train", ["--out-dir", "note/n
        ("export", ["note"], "note"), ("export", ["out"], "out"),
        ("export", ["Llama"], "Llama")]
 SIZES = [("train", [f"--{name}", 10 ** 9], f"--{name}") for name in (
-    "vocab-size", "length", "layers", "dim", "heads", "head-dim", "ffn-dim", "target-batch", "target-accumulate", "texts", "text-batch",
+    "vocab-size", "length", "layers", "dim", "heads", "head-dim", "ffn-dim", "target-batch", "target-accumulate",
+    "texts", "text-batch",
     "head-ffn-dim", "unroll", "head-batch", "gto-batch", "groups", "group-size", "accumulate", "eval-prompts",
     "eval-tokens", "prompt-length")] + [("train", ["--dim", 10 ** 6], "dim"), ("train", ["--ffn-dim", 10 ** 7], "dim")]
 CONFLICTS = [
