@@ -99,8 +99,8 @@ def draw_three(target, head, sampling, rounds, batch):
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=4), Sampling(1.3, top_p=0.8)], ids=str)
 def test_engine_samples_the_targets_distribution(sampling):
     """First three tokens of 6,000 runs against exact probabilities. In n draws the expected total variation of a
-    perfect sampler is at most the sum of sqrt(p (1 - p) / n) / 2 over the outcomes (Jensen; here up to 0.07); McDiarmid bounds
-    an excess of 0.035 by exp(-2 n 0.035^2) = 4e-7. A temperature 20 % off fails."""
+    perfect sampler is at most the sum of sqrt(p (1 - p) / n) / 2 over the outcomes (Jensen; here up to 0.07); McDiarmid
+    bounds an excess of 0.035 by exp(-2 n 0.035^2) = 4e-7. A temperature 20 % off fails."""
     models, runs = tiny_models(seed=6, vocab=VOCAB), 6000
     exact, found = three_tokens(models[0], sampling), draw_three(*models, sampling, 3, runs // 3)
     perfect = sum(math.sqrt(p * (1 - p) / runs) for p in exact.values()) / 2
