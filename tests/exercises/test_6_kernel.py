@@ -26,8 +26,8 @@ from tests.test_kernels import DEVICE, assert_close, assert_inverse_cdf, plain_s
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.exercise
-FREE = {"empty", "empty_like", "new_empty", "unbind", "select", "slice", "view", "reshape", "expand", "as_strided", "detach",
-        "alias"}
+FREE = {"empty", "empty_like", "new_empty", "unbind", "select", "slice", "view", "reshape", "expand", "as_strided",
+        "detach", "alias"}
 
 
 class Count(TorchDispatchMode):
