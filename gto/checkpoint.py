@@ -12,8 +12,7 @@ from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
 from gto.tokenizer import end_of_text_id, make_encoding, read_own_meta, read_ranks
-from gto.util import (UserError, append_log, compute_dtype, one_thread_if_small, rank, reading, wait,
-                      write_whole)
+from gto.util import UserError, append_log, compute_dtype, one_thread_if_small, rank, reading, wait, write_whole
 
 
 def save(path, **contents):

@@ -4,7 +4,6 @@
     python -m gto.bench --shape llama-3.1-8b        how far a cycle is from the hardware's limit (GPU)"""
 import json
 from functools import partial
-from itertools import product
 from statistics import median
 
 import torch
@@ -31,12 +30,13 @@ def load_methods(arguments, out, target):
     """The heads, policies and trees that the flags name. -> {method: function of sampling and capacity -> Engine}"""
     methods = {"ar": partial(Engine, target, None)}
     ways = (arguments.policy or []) + (arguments.tree or []) or ["rule", TreeShape(8, 5, 24)]
-    for text, way in product(arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"), ways):
+    for text in arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"):
         name, _, file = text.rpartition("=")
         head = load_head(file, target, target.norm.weight.dtype)
-        if (method := f"{name or file}, {way}") in methods:
-            raise UserError(f"--head {method} is there twice: write NAME=PATH")
-        methods[method] = partial(make_engine, target, head, way, file, out)
+        for way in ways:
+            if (method := f"{name or file}, {way}") in methods:
+                raise UserError(f"--head {method} is there twice: write NAME=PATH")
+            methods[method] = partial(make_engine, target, head, way, file, out)
     return methods
 
 
@@ -53,7 +53,7 @@ def summary(mine, ar):
 
 
 def benchmark(arguments):
-    """-> rows of the table, one by temperature and method."""
+    """-> {"rows": of the table, one by temperature and method}."""
     out, target, encoding, encode, stop = load_run(arguments)
     methods = load_methods(arguments, out, target)
     questions = read_prompts(arguments.prompts or out / "prompts.jsonl", arguments.limit or None)
