@@ -59,7 +59,7 @@ class Engine:
         last = (self.length - 1)[:, None]                                             # [B, 1]
         logits = self.target.logits(rows(hidden, last))                               # [B, 1, V]
         self.uniform.uniform_()
-        _, _, self.emitted[:, :1] = verify(logits, self.root_tree, self.sampling, 1, self.uniform.gather(1, last))
+        _, _, self.emitted[:, :1] = self.accept(logits, self.root_tree, 1, last)
         self.num_accepted.zero_()
         if self.head is not None:
             # The last slot is left to the first cycle, which overwrites it: its next token is the root.
@@ -115,13 +115,17 @@ class Engine:
         positions, width = self.length[:, None] + tree.depth, min(self.width, tree.depth.shape[1])    # [B, N]; P
         hidden, features, keys, values = self.target(tree.tokens, positions, tree.mask,
                                                      Prefix(self.target_cache, self.length))
-        uniform = self.uniform.gather(1, positions.clamp(max=self.capacity - 1)) if self.sampling.temperature else None
-        path, num_accepted, emitted = verify(self.target.logits(hidden), tree, self.sampling, width, uniform)
+        path, num_accepted, emitted = self.accept(self.target.logits(hidden), tree, width, positions)
         self.target_cache.commit(keys, values, self.length, path)
         self.features[:, :width] = rows(features, path)
         self.emitted[:, :width] = emitted
         self.num_accepted.copy_(num_accepted)
         self.length.add_(num_accepted + 1).clamp_(max=self.capacity)   # what waits for others stays in the cache
+
+    def accept(self, logits, tree, width, positions):
+        """See `gto.verify.verify`; positions [B, N] of the nodes."""
+        uniform = self.uniform.gather(1, positions.clamp(max=self.capacity - 1)) if self.sampling.temperature else None
+        return verify(logits, tree, self.sampling, width, uniform)
 
     def cycle(self, width=None):
         """Draft, verify, compact: without a `width`, every shape fixed and every length on the device."""

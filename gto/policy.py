@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from gto.engine import Engine
 from gto.model import Prefix
-from gto.tree import TreeShape, expand
+from gto.tree import TreeShape, expand, rows
 from gto.util import synchronize, write_whole
 
 
@@ -36,40 +35,63 @@ class Space:
 SPACES = {"cpu": Space(4, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)), "cuda": Space(10, 8, (0, 8, 16, 32, 48, 64))}
 
 
-def observe(scores, length, space):
-    """What a policy sees. scores: by level [B, n], sums of log-probabilities; length [B]: tokens in the target's cache.
-    Returns [B, width]: levels drafted / depth; context in thousands of tokens; probabilities of the newest level's
-    top_k best nodes (the frontier), descending; of the best nodes of all levels, descending, 0 where there are none."""
-    frontier = scores[-1].topk(space.top_k, dim=1).values                             # [B, top_k]
-    best = F.pad(torch.cat(scores, dim=1), (0, space.sizes[-1]), value=float("-inf"))
-    best = best.topk(space.sizes[-1], dim=1).values                                   # [B, largest size]
-    drafted = torch.full_like(best[:, :1], len(scores) / space.depth)
-    return torch.cat([drafted, length[:, None] / 1000, frontier.exp(), best.exp()], dim=1)
+def observe(known, draft, space):
+    """What a policy sees, torch float32 [B, width]: levels drafted / depth; what is known before the draft; the
+    probabilities of the newest level's top_k best nodes (the frontier), descending; of the best nodes of all levels,
+    descending, 0 where there are none.
+    known, numpy [B, 5]: tokens in the target's cache, in thousands; the temperature; the target's probability of the
+    root; the two of `Echo.read`, of which the second, a token, is seen as the head's probability of it. draft: or None."""
+    nothing, levels = np.zeros((len(known), space.sizes[-1])), 0
+    newest = every = echoed = nothing[:, :0]
+    if draft:
+        every, levels = torch.cat(draft.scores, dim=1).exp().cpu().numpy(), len(draft.scores)         # [B, C]
+        newest = every[:, -draft.scores[-1].shape[1]:]
+        echoed = every[:, :space.top_k] * (draft.tokens[0].cpu().numpy() == known[:, 4:])
+
+    def best(p, count):
+        return -np.sort(-np.concatenate([p, nothing], 1), 1)[:, :count]
+
+    seen = [nothing[:, :1] + levels / space.depth, known[:, :4], echoed.sum(1, keepdims=True),
+            best(newest, space.top_k), best(every, space.sizes[-1])]
+    return torch.from_numpy(np.concatenate(seen, 1, dtype=np.float32))
+
+
+class Echo:
+    """Text repeats itself: where did its last two tokens stand before, and what came next?"""
+
+    def __init__(self):
+        self.text, self.behind = [], {}          # (token, token) -> where in the text the next one is
+
+    def read(self, tokens):
+        """More text. -> how many last tokens were the same, up to 8, as a share of 8; what came next, -1: nothing."""
+        for token in tokens:
+            self.text.append(token)
+            pair = tuple(self.text[-2:])
+            at, self.behind[pair] = self.behind.get(pair, 0), len(self.text)
+        same = next(n for n in range(9) if n in (8, at) or self.text[at - 1 - n] != self.text[-1 - n])
+        return same / 8, self.text[at] if at else -1
 
 
 class Costs(NamedTuple):
-    """Seconds of a cycle's parts: a cycle takes draft[levels - 1] + verify[size]; one of plain decoding, verify[0]."""
+    """Seconds of a cycle's parts: a cycle takes draft[levels] + verify[size]; one of plain decoding, verify[0]."""
     space: Space
-    draft: np.ndarray     # [depth] to draft 1, 2, .. levels and to look at each
+    draft: np.ndarray     # [depth + 1] to draft 0, 1, 2, .. levels and to look at each
     verify: np.ndarray    # [sizes]
 
 
 class Fixed:
-    """The same depth and size in every cycle. Policies answer these questions, of which the first two may be asked of
-    observations [.., width]: stop drafting? -> [..] bool; how many nodes to verify? -> [..], an index into
-    `space.sizes`; leave the draft out, and the look at it? And are told how many drafts a cycle accepted."""
+    """The same depth and size in every cycle; depth 0: plain decoding. Policies answer two questions, which may be asked
+    of observations [.., width]: draft no further, or not at all? -> [..] bool; how many nodes to verify? -> [..], an
+    index into `space.sizes`. And are told how many drafts a cycle accepted."""
 
     def __init__(self, space, depth, size):
         self.space, self.depth, self.choice, self.nodes = space, depth, size, space.nodes(depth, size)
 
-    def stop(self, observation):
-        return (observation[..., 0] * self.space.depth).round() >= self.depth
+    def stop(self, seen):
+        return (seen[..., 0] * self.space.depth).round() >= self.depth
 
-    def size(self, observation):
-        return torch.full(observation.shape[:-1], self.choice)
-
-    def waits(self):
-        return False
+    def size(self, seen):
+        return torch.full(seen.shape[:-1], self.choice)
 
     def learn(self, accepted):
         pass
@@ -80,8 +102,10 @@ class Rule:
     speed of decoding so far; then verify the size that promises most beyond its cost. A promise is the head's
     probability times `trust`, what came true of earlier ones. Needs no training.
 
-    While cycles with drafts are slower than plain decoding, each in a row doubles the plain ones before the next."""
-    memory, longest_wait = 0.98, 16      # of a cycle ago, in what trust and speed are taken from; cycles
+    Roots are of five kinds, by how sure the target was of them: where it was, it will be. While cycles with drafts
+    behind roots of a kind are slower than plain decoding, each doubles the plain ones before the kind's next."""
+    memory, longest_wait = 0.98, 16      # of a cycle ago, in trust and speed; cycles
+    borders = 0.05, 0.2, 0.5, 0.8        # of the kinds: the target's probability of the root
 
     def __init__(self, costs):
         self.space, self.costs, self.sizes = costs.space, costs, list(costs.space.sizes)
@@ -89,46 +113,50 @@ class Rule:
         self.level_cost = [*np.diff(costs.draft) + 2 * node, float("inf")]            # of another level, with two nodes
         self.accepted = self.promised = 2.0
         self.tokens, self.seconds = 20.0, 20 * costs.verify[0]                        # as if by plain decoding
-        self.wait, self.patience, self.waited = 0, 1, False
+        self.tokens_of, self.seconds_of = 20 * np.linspace(1, 1.4, 5), np.full(5, self.seconds)     # by kind: hopeful
+        self.wait, self.patience, self.cycle = np.zeros(5), np.ones(5), None
 
     def rate(self):
         """Tokens a second that time is worth: what drafting makes of it, or plain decoding would."""
         return max(self.tokens / self.seconds, 1 / self.costs.verify[0])
 
-    def stop(self, observation):
-        """observation [width] of one draft."""
-        seen = np.asarray(observation)
+    def stop(self, seen):
+        """seen [width] of one draft."""
+        seen = np.asarray(seen)
         drafted = round(float(seen[0] * self.space.depth))
+        if drafted == 0:
+            self.cycle, self.kind = None, np.searchsorted(self.borders, seen[3])
+            waits = self.wait[self.kind] > 0
+            self.wait[self.kind] -= waits
+            return waits
         # A path of probability p lost a factor of p^(1/level) a level. The next level's promise lies between that of
         # the frontier's best node and that of all its nodes; it must be trusted twice, as it stands on this level's.
-        best, frontier = seen[2], seen[2:2 + self.space.top_k].sum()
+        best, frontier = seen[6], seen[6:6 + self.space.top_k].sum()
         promised = (best ** (1 + 1 / drafted) + frontier ** (1 + 1 / drafted)) / 2
         gain = (self.accepted / self.promised) ** 2 * promised
-        return gain < self.level_cost[drafted - 1] * self.rate()
+        return gain < self.level_cost[drafted] * self.rate()
 
-    def size(self, observation):
-        seen = np.asarray(observation)
-        promised = np.append(0, seen[2 + self.space.top_k:].cumsum())[self.sizes]     # [sizes]
-        cost = self.costs.draft[round(float(seen[0] * self.space.depth)) - 1] + self.costs.verify
+    def size(self, seen):
+        seen = np.asarray(seen)
+        promised = np.append(0, seen[6 + self.space.top_k:].cumsum())[self.sizes]     # [sizes]
+        cost = self.costs.draft[round(float(seen[0] * self.space.depth))] + self.costs.verify
         size = int((self.accepted / self.promised * promised - cost * self.rate()).argmax())
         self.cycle = promised[size], cost[size]
         return size
 
-    def waits(self):
-        self.waited = self.wait > 0
-        self.wait -= self.waited
-        return self.waited
-
     def learn(self, accepted):
-        if self.waited:
+        if self.cycle is None:                                                        # it waited
             return
-        promised, seconds = self.cycle
-        self.accepted = (1 - self.memory) * 2 + self.memory * self.accepted + accepted
-        self.promised = (1 - self.memory) * 2 + self.memory * self.promised + promised
-        self.tokens = self.memory * self.tokens + accepted + 1
-        self.seconds = self.memory * self.seconds + seconds
-        slow = self.tokens * self.costs.verify[0] < self.seconds
-        self.wait, self.patience = (self.patience, min(2 * self.patience, self.longest_wait)) if slow else (0, 1)
+        (promised, seconds), kind, memory = self.cycle, self.kind, self.memory
+        self.accepted = (1 - memory) * 2 + memory * self.accepted + accepted
+        self.promised = (1 - memory) * 2 + memory * self.promised + promised
+        self.tokens = memory * self.tokens + accepted + 1
+        self.seconds = memory * self.seconds + seconds
+        self.tokens_of[kind] = memory * self.tokens_of[kind] + accepted + 1
+        self.seconds_of[kind] = memory * self.seconds_of[kind] + seconds
+        slow = self.tokens_of[kind] * self.costs.verify[0] < self.seconds_of[kind]
+        self.wait[kind] = self.patience[kind] if slow else 0
+        self.patience[kind] = min(2 * self.patience[kind], self.longest_wait) if slow else 1
 
 
 class AdaptiveEngine(Engine):
@@ -140,13 +168,22 @@ class AdaptiveEngine(Engine):
         largest = TreeShape(policy.space.top_k, policy.space.depth, policy.space.sizes[-1])
         super().__init__(target, head, largest, sampling, capacity=capacity)
         self.policy, self.decided, self.unread = policy, False, []  # has a cycle been? slots the head has not read
+        self.echo, self.certainty = Echo(), torch.ones(1, device=self.device)         # the target's, of the root
         if self.device.type == "cuda":
             self.capture_graphs()
 
     def prefill(self, prompts):
         self.tell()
-        self.decided, self.unread = False, []
+        self.decided, self.unread, self.echo = False, [], Echo()
+        self.echo.read(prompts[0])
         return super().prefill(prompts)
+
+    def accept(self, logits, tree, width, positions):
+        path, num_accepted, emitted = super().accept(logits, tree, width, positions)
+        last = num_accepted[:, None]                                                  # [1, 1]
+        p = rows(logits, path.gather(1, last)).float().softmax(-1)                    # [1, 1, V]
+        self.certainty.copy_(p[:, 0].gather(1, emitted.gather(1, last))[:, 0])
+        return path, num_accepted, emitted
 
     def tell(self):
         """Tell the policy what became of its last decision."""
@@ -162,7 +199,9 @@ class AdaptiveEngine(Engine):
         """As the policy decides; without a Draft if it decides for plain decoding right away."""
         self.tell()
         self.decided, new = True, int(self.num_accepted) + 1
-        if self.policy.waits():
+        known = np.array([[int(self.length) / 1000, self.sampling.temperature, float(self.certainty),
+                           *self.echo.read(self.emitted[0, :new].tolist())]])
+        if self.policy.stop(self.look(0, known, None)):
             self.unread.append((self.features[:, :new].clone(), self.emitted[:, :new].clone()))
             return self.root(), None, 0
         if self.unread:
@@ -173,11 +212,14 @@ class AdaptiveEngine(Engine):
         root, draft = self.run(("draft", 1), lambda: self.begin(
             int(self.num_accepted) + 1 if self.device.type == "cpu" else None))
         for depth in range(1, space.depth + 1):
-            (seen,) = self.run(("observe", depth), partial(observe, draft.scores, self.length, space)).cpu()
+            seen = self.look(depth, known, draft)
             if depth == space.depth or self.policy.stop(seen):
                 break
             draft = self.run(("draft", depth + 1), partial(expand, self.head, draft, prefix, self.score_temp))
         return root, draft, space.nodes(depth, int(self.policy.size(seen)))
+
+    def look(self, depth, known, draft):
+        return observe(known, draft, self.policy.space)[0]
 
     @torch.inference_mode()
     def capture_graphs(self):
@@ -196,14 +238,17 @@ def measure(target, head, space, rounds=12, context=128):
     """What the parts of a cycle take here, behind `context` tokens: medians over rounds of all sizes. -> Costs."""
     engine, times = AdaptiveEngine(target, head, Fixed(space, space.depth, 0), capacity=context + space.depth + 1), {}
 
-    def timed(key, part, run=engine.run):
-        began = synchronize(engine.device)
-        result = run(key, part)
-        times.setdefault(key, []).append(synchronize(engine.device) - began)
-        return result
+    def timed(call):
+        def clocked(key, *arguments):
+            began = synchronize(engine.device)
+            result = call(key, *arguments)
+            times.setdefault(key, []).append(synchronize(engine.device) - began)
+            return result
+        return clocked
 
-    engine.run = timed
-    filled = [next(depth for depth in range(1, space.depth + 1) if space.nodes(depth, size) == nodes)
+    engine.run, engine.look = timed(engine.run), timed(engine.look)
+    levels = range(1, space.depth + 1)
+    filled = [next(depth for depth in levels if space.nodes(depth, size) == nodes)
               for size, nodes in enumerate(space.sizes)]                              # levels that a size needs
     for _ in range(rounds):
         for depth, size in [(space.depth, 0), *zip(filled, range(len(filled)))]:
@@ -212,8 +257,10 @@ def measure(target, head, space, rounds=12, context=128):
             engine.num_accepted.fill_(1)
             engine.step()
     took = {key: median(seconds[1:]) for key, seconds in times.items()}               # the first warmed up
-    draft = np.cumsum([took["draft", depth] + took["observe", depth] for depth in range(1, space.depth + 1)])
-    return Costs(space, draft, np.array([took["verify", *each] for each in zip(filled, space.sizes)]))
+    drafted = np.cumsum([took["draft", depth] + took[depth] for depth in levels])
+    draft = np.append(0, np.polyval(np.polyfit(levels, drafted, 1), levels))          # each level costs the same,
+    verify = [took["verify", *each] for each in zip(filled, space.sizes)]             # and a larger size no less
+    return Costs(space, draft, np.minimum.accumulate(verify[::-1])[::-1])
 
 
 def costs_here(folder, target, head, space=None):
@@ -225,11 +272,11 @@ def costs_here(folder, target, head, space=None):
     try:
         kept = json.loads(path.read_text())
         if kept["about"] == about:
-            return Costs(space, *(np.array(kept[part], dtype=float) for part in ("draft", "verify")))
+            return Costs(space, *(np.array(kept[part], dtype=float) for part in ("levels", "sizes")))
     except (OSError, ValueError, LookupError, TypeError):
         pass                                                                          # there is none, or it is damaged
     costs = measure(target, head, space)
-    write_whole(path, json.dumps({"about": about, "draft": costs.draft.tolist(), "verify": costs.verify.tolist()}))
+    write_whole(path, json.dumps({"about": about, "levels": costs.draft.tolist(), "sizes": costs.verify.tolist()}))
     return costs
 
 

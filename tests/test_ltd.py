@@ -17,9 +17,9 @@ from gto.config import Config
 from gto.data import prepare
 from gto.engine import Engine
 from gto.ltd import __main__ as ltd, ppo
-from gto.ltd.ppo import Learned, load_policy, mlp, save_policy
+from gto.ltd.ppo import Learned, load_policy, save_policy
 from gto.ltd.replay import Recording, best_fixed, decide, drive, oracle, record, replay, seconds_by_choice
-from gto.policy import AdaptiveEngine, Costs, Fixed, Rule, Space, costs_here, policy_path
+from gto.policy import AdaptiveEngine, Costs, Echo, Fixed, Rule, Space, costs_here, policy_path
 from gto.tree import TreeShape
 from gto.verify import Sampling
 from tests.test_engine import GraphsOnCpu
@@ -29,7 +29,7 @@ SPACE, POSITIONS = Space(3, 4, (0, 1, 2, 5, 9)), 24
 WIDTH = Learned(SPACE, 4).width
 PROMPTS = [(prompt * 8)[:8] for prompt in tiny_prompts(6)]
 # A made-up machine: a target step takes 1 s, a level 0.2 s, a node 0.05 s.
-PARTS = Costs(SPACE, 0.2 * np.arange(1, 5), 1 + 0.05 * np.array(SPACE.sizes))
+PARTS = Costs(SPACE, 0.2 * np.arange(5), 1 + 0.05 * np.array(SPACE.sizes))
 COSTS = seconds_by_choice(PARTS)
 
 
@@ -41,7 +41,7 @@ class Whimsical(Fixed):
         pass
 
     def stop(self, observation):
-        return observation[..., 0] * 4 > observation[..., 1] * 1000 % 4
+        return observation[..., 0] * 4 >= observation[..., 1] * 1000 % 5
 
     def size(self, observation):
         return (observation[..., 1] * 1000 / 4 % 5).long()
@@ -51,18 +51,17 @@ class Spy:
     """Asks another policy and keeps (level, size) and the observation of every cycle."""
 
     def __init__(self, policy):
-        self.space, self.stop, self.policy, self.decisions, self.seen = policy.space, policy.stop, policy, [], []
-        self.learn = policy.learn
+        self.space, self.policy, self.learn, self.decisions, self.seen = policy.space, policy, policy.learn, [], []
 
-    def waits(self):
-        waits = self.policy.waits()
-        self.decisions += [(-1, 0)] * waits
-        return waits
+    def stop(self, seen):
+        stops = self.policy.stop(seen)
+        if stops and seen[0] == 0:
+            self.decisions.append((0, 0)), self.seen.append(seen)
+        return stops
 
-    def size(self, observation):
-        size = int(self.policy.size(observation))
-        self.decisions.append((round(observation[0].item() * SPACE.depth) - 1, size))
-        self.seen.append(observation)
+    def size(self, seen):
+        size = int(self.policy.size(seen))
+        self.decisions.append((round(seen[0].item() * SPACE.depth), size)), self.seen.append(seen)
         return size
 
 
@@ -89,14 +88,14 @@ def live_cycles(engine):
 
 
 @pytest.mark.parametrize("policy", [Whimsical(), *itertools.starmap(partial(Fixed, SPACE), (
-    (1, 0), (1, 4), (2, 2), (3, 3), (4, 1), (4, 4)))])
+    (0, 0), (1, 0), (1, 4), (2, 2), (3, 3), (4, 1), (4, 4)))])
 def test_replay_equals_live_decoding(models, recording, policy):
     spy = Spy(policy)
     live = list(live_cycles(AdaptiveEngine(*models, spy)))
     level, size = decide(policy, recording)
     replayed = replay(recording, COSTS, level, size)
     rate, tau, roots = replayed.rate, replayed.tau, replayed.roots
-    level, size = level[roots], size[roots]
+    level, size = level[roots], size[roots] * (level[roots] > 0)
     assert live == list(zip(roots, recording.accepted[roots, level, size].tolist()))
     assert spy.decisions == list(zip(level.tolist(), size.tolist()))
     assert tau == pytest.approx(sum(accepted + 1 for _, accepted in live) / len(live)) and (tau > 1 or not size.any())
@@ -140,41 +139,57 @@ def test_sampled_tokens_are_the_targets():
     assert ((drawn / 600 - p).abs() < 4 * (p * (1 - p) / 600).sqrt()).all()
 
 
+def looking(drafted, probability, certainty=0.5):
+    """An observation after some levels, all of whose nodes have this probability; certainty: the target's, of the root."""
+    seen = np.full(WIDTH, probability)
+    seen[:6] = drafted / SPACE.depth, 0.1, 0, certainty, 0, 0
+    return seen
+
+
 def test_rule_at_the_extremes():
     rule = Rule(PARTS)
     for depth in range(1, SPACE.depth):
-        sure, hopeless = np.ones(WIDTH), np.zeros(WIDTH)
-        sure[0] = hopeless[0] = depth / SPACE.depth
-        assert not rule.stop(sure) and rule.size(sure) == len(SPACE.sizes) - 1 and not rule.waits()
+        sure, hopeless = looking(depth, 1.0), looking(depth, 0.0)
+        assert not rule.stop(sure) and rule.size(sure) == len(SPACE.sizes) - 1 and not rule.stop(looking(0, 0.0))
         assert rule.stop(hopeless) and rule.size(hopeless) == 0
 
 
 def test_rule_leaves_hopeless_drafts_out_and_comes_back():
-    """Cycles that bring nothing become rare, doubling up to the longest wait; ones that pay end that."""
+    """Cycles that bring nothing become rare, doubling up to the longest wait; ones that pay end that. Roots of which the
+    target was sure are another matter."""
     rule, looks = Rule(PARTS), []
-    hopeless, sure = np.zeros(WIDTH), np.ones(WIDTH)
-    hopeless[0] = sure[0] = 1 / SPACE.depth
     for cycle in range(100):
-        if not rule.waits():
+        if not rule.stop(looking(0, 0.0, certainty=0.01)):
             looks.append(cycle)
-            rule.size(hopeless)
+            rule.size(looking(1, 0.0))
         rule.learn(0)
-    assert np.diff(looks).tolist() == [2, 3, 5, 9, 17, 17, 17, 17]
+    assert np.diff(looks).tolist() == [2, 3, 5, 9, 17, 17, 17, 17] and not rule.stop(looking(0, 0.0, certainty=0.99))
     for cycle in range(200):
-        if not rule.waits():
-            rule.size(sure)
+        if not rule.stop(looking(0, 0.0, certainty=0.01)):
+            rule.size(looking(1, 1.0))
         rule.learn(4)
-    assert not rule.waits() and rule.patience == 1
+    assert not rule.stop(looking(0, 0.0, certainty=0.01)) and rule.patience[0] == 1
 
 
 def test_rule_trusts_what_came_true():
     """Where drafts are accepted half as often as promised, it comes to verify as if their probability were half."""
-    rule, seen = Rule(PARTS), np.zeros(WIDTH)
-    seen[0], seen[5:] = 1 / SPACE.depth, 0.3                       # many nodes of .3 each: promising, if it were true
+    rule, seen = Rule(PARTS), looking(1, 0.3)                      # many nodes of .3 each: promising, if it were true
     before = rule.size(seen)
     for _ in range(300):
-        rule.size(seen), rule.learn(0)
+        rule.stop(looking(0, 0.0)), rule.size(seen), rule.learn(0)
     assert before > 0 == rule.size(seen)
+
+
+def test_echo():
+    """Against a search for the last place where the text's last two tokens stood before."""
+    text = torch.randint(3, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    echo, repeats = Echo(), 0
+    for end in range(1, len(text)):
+        at = max([at for at in range(2, end) if text[at - 2:at] == text[end - 2:end]], default=0)
+        same = max(n for n in range(min(at, 8) + 1) if text[at - n:at] == text[end - n:end])
+        assert echo.read(text[end - 1:end]) == (same / 8, text[at] if at else -1)
+        repeats += same > 2
+    assert repeats > 50
 
 
 @pytest.mark.parametrize("memory", [0.98, 0.5])
@@ -185,8 +200,7 @@ def test_rule_replayed_equals_rule_live(models, recording, memory):
     cycles = list(live_cycles(AdaptiveEngine(*models, spy)))
     replayed = drive(driven, recording, PARTS)
     assert replayed.tau == pytest.approx(sum(accepted + 1 for _, accepted in cycles) / len(cycles))
-    seconds = [PARTS.verify[0] if level < 0 else PARTS.draft[level] + PARTS.verify[size]
-               for level, size in spy.decisions]
+    seconds = [COSTS[level, size].item() for level, size in spy.decisions]
     assert replayed.rate == pytest.approx(sum(accepted + 1 for _, accepted in cycles) / sum(seconds))
 
 
@@ -207,41 +221,47 @@ def test_oracle_is_the_best_there_is(recording):
     assert replay(recording, COSTS, *oracle(recording, COSTS)).rate >= rate * (1 - 1e-6)
 
 
-def test_episodes_pay_what_was_recorded(recording):
+def test_advantages():
+    """Against all ways to go on, one by one: an episode ends where a level is chosen, each with its probability."""
     torch.manual_seed(0)
-    R, levels, sizes = recording.accepted.shape
-    reward = torch.arange(R * levels * sizes).view(R, levels, sizes)                  # each says where it comes from
-    level, size = torch.randint(levels, (R,)), torch.randint(sizes, (R, levels))
-    seen, action, returns = ppo.choose_sizes(recording.observation, reward, level, mlp(WIDTH, 8, sizes))
-    root = returns // (levels * sizes)
-    assert torch.equal(seen, recording.observation[root, level[root]]) and len(set(action.tolist())) == sizes
-    assert torch.equal(returns, reward[root, level[root], action])
-    seen, action, returns = ppo.choose_depths(recording.observation, reward, size, mlp(WIDTH, 8, 2))
-    root, stop, asked = returns // (levels * sizes), returns // sizes % levels, (seen[:, 0] * levels).round().long() - 1
-    assert torch.equal(seen, recording.observation[root, asked]) and set(asked.tolist()) == set(range(levels - 1))
-    assert torch.equal(returns, reward[root, stop, size[root, stop]]) and torch.equal(action == 1, asked == stop)
+    n, levels, sizes = 3, 4, 5
+    stop, size = torch.randn(n, levels, 2).log_softmax(-1), torch.randn(n, levels, sizes).log_softmax(-1)
+    reward = torch.randn(n, levels, sizes)
+    depth, of_sizes = ppo.advantages((stop, size), reward)
+    for i, level in itertools.product(range(n), range(levels)):
+        worth = [(size[i, l].exp() * reward[i, l]).sum() for l in range(levels)]
+
+        def ahead(at):                                             # expected reward if it comes to be asked there
+            p = stop[i, at].exp()
+            return worth[at] if at == levels - 1 else p[1] * worth[at] + p[0] * ahead(at + 1)
+
+        torch.testing.assert_close(of_sizes[i, level], reward[i, level] - worth[level])
+        if level < levels - 1:
+            want = torch.stack([ahead(level + 1), worth[level]]) - ahead(level)
+            torch.testing.assert_close(depth[i, level], want)
 
 
 def test_learning_finds_what_can_be_known(recording, monkeypatch):
     """A made-up target accepts everything or nothing, and the draft's probabilities say which."""
-    monkeypatch.setattr(ppo, "UPDATES", 2)
+    monkeypatch.setattr(ppo, "UPDATES", 40)
+    monkeypatch.setattr(ppo, "BUFFER", 256)
     torch.manual_seed(0)
     easy = torch.rand(len(recording.accepted)) < 0.5
-    kept = torch.tensor([[min(d, SPACE.nodes(d, s)) for s in range(len(SPACE.sizes))] for d in range(1, 5)])
+    kept = torch.tensor([[min(d, SPACE.nodes(d, s)) if d else 0 for s in range(len(SPACE.sizes))] for d in range(5)])
     seen = recording.observation.clone()
-    seen[:, :, 2:] = easy[:, None, None].float()
+    seen[:, :, 3:] = easy[:, None, None].float()
     made_up, learned = Recording(POSITIONS, seen, easy[:, None, None] * kept), Learned(SPACE, 32)
     _, rate = best_fixed(made_up, COSTS, SPACE)
-    ppo.learn(learned, made_up, COSTS, rate)
+    ppo.learn(learned, [made_up], COSTS)
     possible = replay(made_up, COSTS, *oracle(made_up, COSTS)).rate
-    assert replay(made_up, COSTS, *decide(learned, made_up)).rate > rate + 0.5 * (possible - rate)
+    assert replay(made_up, COSTS, *decide(learned, made_up)).rate > rate + 0.7 * (possible - rate)
 
 
 def test_costs_are_measured_once_a_machine(models, tmp_path, monkeypatch):
     costs = costs_here(tmp_path, *models, SPACE)
-    assert (costs.verify > 0).all() and (np.diff(costs.draft) > 0).all() and len(costs.draft) == 4
+    assert (costs.verify > 0).all() and (np.diff(costs.draft) > 0).all() and len(costs.draft) == 5
     asked = seconds_by_choice(costs, Learned(SPACE, 16)) - seconds_by_choice(costs)
-    assert asked.shape == (4, 5) and (asked > 0).all()
+    assert asked.shape == (5, 5) and (asked > 0).all()
     again = costs_here(tmp_path, *models, SPACE)
     assert again.draft.tolist() == costs.draft.tolist() and again.verify.tolist() == costs.verify.tolist()
     for change in (lambda: monkeypatch.setattr("platform.node", lambda: "another machine"),
@@ -264,13 +284,21 @@ def test_the_program(tmp_path, monkeypatch):
     prepare("data", inputs=["words.txt"], vocab_size=320)
     for name, model in zip(("target", "draft", "gto"), (*(models := tiny_models(vocab=320)), models[1])):
         finish(name, model, Path("out"))
+    for name in ("tokenizer.model", "meta.json"):
+        Path("out", name).write_bytes(Path("data", name).read_bytes())
+    Path("out/prompts.jsonl").write_text("\n".join(Path("data/prompts.jsonl").read_text().splitlines()[:16]))
     Path("out/config.json").write_text(json.dumps(asdict(Config(tree="3,3,6", eval_tokens=12))))
-    for module, name, value in ((ltd, "TRAIN", 4), (ltd, "VALIDATE", 2), (ltd, "TEST", 3),
-                                (gto.policy, "SPACES", {"cpu": SPACE}), (ppo, "UPDATES", 1), (ppo, "EPOCHS", 2),
-                                (sys, "argv", ["gto.ltd", "--data", "data", "--device", "cpu"])):
+    for module, name, value in ((ltd, "CHILDREN", (3, 2)), (gto.policy, "SPACES", {"cpu": SPACE}), (ppo, "UPDATES", 1),
+                                (ppo, "EPOCHS", 2)):
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(sys, "argv", ["gto.ltd", "--device", "cpu"])
     ltd.main()
     lines = Path("out/ltd.md").read_text()
-    assert all(f"| {T} | {name} | {way}" in lines for T, name, way in itertools.product((0, 1), ("draft", "gto"), (
-        "best fixed, 3,", "rule |", "LTD |", "oracle |")))
-    assert load_policy(policy_path("out/gto.pt"))[0].space == SPACE
+    assert all(f"| out/{head}.pt | {T} | {way}" in lines for T, head, way in itertools.product((0, 1), ("draft", "gto"), (
+        "plain", "best fixed tree, ", "entropy |", "running mean of acceptances (GammaTune) |", "rule |", "LTD |",
+        "oracle |")))
+    assert load_policy(policy_path("out/gto.pt"))[0].space.depth == SPACE.depth
+    Path("out/policy-gto.pt").unlink()
+    monkeypatch.setattr(sys, "argv", ["gto.ltd", "--device", "cpu", "--head", "out/gto.pt", "--blind", "echo"])
+    ltd.main()
+    assert not Path("out/policy-gto.pt").exists() and Path("out/ltd.md").read_text() == lines

@@ -40,7 +40,7 @@ USUAL = {"train": ["--data", "data", "--stage", "gto", "--draft-vocab-size", 200
          "decode": ["--prompt", "x", "--max-new-tokens", "4", *CPU],
          "prepare": ["--input", "words.txt", "--out", "new"],
          "bench": ["--limit", "0", "--max-new-tokens", "4", "--tree", "2,2,3", *CPU],
-         "ablate": CPU, "ltd": ["--data", "data", *CPU], "export": ["out/gto.pt"], "kernels": []}
+         "ablate": CPU, "ltd": CPU, "export": ["out/gto.pt"], "kernels": []}
 RELEASED = ["--target", "Llama", "--data", "chat.jsonl", "--out-dir", "new", "--stage", "text", *CPU]
 MAY_BE_ZERO = {"--seed", "--temperature", "--limit", "--top-k", "--head-ffn-dim", "--head-muon-lr", "--muon-lr",
                "--omega", "--delta", "--eps", "--unroll", "--warmup"}
@@ -162,7 +162,7 @@ TREES = [(program, ["--tree", tree], "--tree") for program in ("train", "decode"
 PATHS = [(program, [flag, path], "tokenizer.model" if (flag, path) == (
     "--tokenizer", "missing.pt") else path[:20]) for program, flags in (
     ("decode", "--target --head --tokenizer"), ("bench", "--target --head --tokenizer --prompts"),
-    ("train", "--data"), ("ltd", "--data"), ("prepare", "--input --tokenizer")) for flag in flags.split()
+    ("train", "--data"), ("prepare", "--input --tokenizer")) for flag in flags.split()
     for path in ("missing", "missing.pt", "empty", "x" * 5000)]
 OUT = [("train", ["--out-dir", "note"], "note"), ("train", ["--out-dir", "note/new"], "note"),
        ("decode", ["--out-dir", "note"], "note"), ("decode", ["--out-dir", "empty"], "empty"),
@@ -300,12 +300,12 @@ FILES = [  # file, the damages, the programs that read it, each with the flags f
     ("half/log.jsonl", LOG, [("train", OUT_DIR)]),
     ("out/config.json", CONFIG, [("train", []), ("ablate", []), ("ltd", [])]),
     ("out/meta.json", META, [("decode", []), ("bench", []), ("ablate", [])]),
-    ("data/meta.json", META, [("train", []), ("ltd", [])]), ("data/meta.json", JSON, [("prepare", ["--out", "data"])]),
+    ("data/meta.json", META, [("train", [])]), ("data/meta.json", JSON, [("prepare", ["--out", "data"])]),
     ("out/prompts.jsonl", LINES, [("bench", []), ("ablate", [])]),
-    ("data/prompts.jsonl", LINES, [("train", ["--out-dir", "new"]), ("ltd", [])]),
+    ("data/prompts.jsonl", LINES, [("train", ["--out-dir", "new"])]),
     ("out/tokenizer.model", RANKS, [("decode", []), ("bench", []), ("ablate", [])]),
-    ("data/tokenizer.model", RANKS, [("train", []), ("ltd", [])]),
-    ("data/train.bin", TOKENS, [("train", ["--out-dir", "new", "--stage", "target"]), ("ltd", [])]),
+    ("data/tokenizer.model", RANKS, [("train", [])]),
+    ("data/train.bin", TOKENS, [("train", ["--out-dir", "new", "--stage", "target"])]),
     ("chat.jsonl", LINES, [("train", RELEASED)]),
     ("Llama/config.json", JSON, [("decode", ["--target", "Llama"]), ("train", RELEASED)]),
     ("Llama/pytorch_model.bin", ANY, [("decode", ["--target", "Llama"]), ("train", RELEASED)]),

@@ -37,14 +37,32 @@ def positive_objective(batch):
     return loss.gto_objective(batch)
 
 
-OBJECTIVES = loss.OBJECTIVES | {"positive": positive_objective}
+def acceptance(batch):
+    """The chance that sampling accepts what the head drafts at every step of its chains, [B, R, J+1]."""
+    return torch.minimum(batch.labels, batch.log_q.exp()).sum(-1)
+
+
+def lk_objective(batch):
+    """LK (arXiv 2602.23881): the likelihood of acceptance at every step, in place of that of the target's tokens."""
+    likely = acceptance(batch).clamp(min=1e-6).log()[..., None]
+    return loss.token_loss(likely, torch.ones_like(likely), batch.weight, batch.total), {}
+
+
+def length_objective(batch):
+    """The expected accepted length of a chain: a step counts only with all before it."""
+    reached = (acceptance(batch) * batch.weight).cumprod(-1)
+    return -reached.sum() / batch.total[0], {}
+
+
+OBJECTIVES = loss.OBJECTIVES | {"positive": positive_objective, "lk": lk_objective, "length": length_objective}
 
 # {table: {run: what differs from out/config.json}}. A control continues phase I: the token-level loss alone.
 TABLES = {
     "ceilings": {},
     "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
                    "gto-sharp": SHARP, "gto-positive": {"objective": "positive"}, "keep": KEEP,
-                   "keep-sharp": KEEP | SHARP},
+                   "keep-sharp": KEEP | SHARP, "lk": {"objective": "lk", "omega": 3.0} | SOFT,
+                   "length": {"objective": "length", "omega": 3.0} | SOFT},
     "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP},
     "groups": {f"m={m}": {"group_size": m, "groups": 32 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},

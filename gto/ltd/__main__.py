@@ -1,67 +1,108 @@
 """Learning to Draft on this machine: record, learn, and a table beside simpler ways to choose, by replay.
 
     python -m gto.ltd                        leaves out/policy-draft.pt, out/policy-gto.pt and the table out/ltd.md
+    python -m gto.ltd --blind echo           what is lost if the policy does not see how text repeats itself
     python -m gto.bench --policy rule --policy ltd --tree 8,5,24        the same by the clock"""
-from pathlib import Path
+from dataclasses import replace
+from math import prod
 
 import torch
 
-from gto.checkpoint import load_config, load_head, load_target
-from gto.data import PROMPT, Corpus
+from gto.checkpoint import load_config, load_head, load_run
+from gto.data import read_prompts
 from gto.evaluate import paired
+from gto.ltd.controllers import tuned
 from gto.ltd.ppo import Learned, learn, save_policy
 from gto.ltd.replay import best_fixed, decide, drive, oracle, record, replay, seconds_by_choice
-from gto.policy import Rule, costs_here, policy_path
-from gto.util import argument_parser, main_guard, one_thread_if_small, start, table, write_whole
+from gto.policy import Fixed, Rule, costs_here, measure, policy_path
+from gto.util import FLAGS, argument_parser, main_guard, start, table, write_whole
 
-HIDDEN = {"cpu": 128, "cuda": 1024}       # the paper's 1024 trains for minutes instead of 20 seconds on a CPU
-TRAIN, VALIDATE, TEST = 64, 16, 48        # texts to learn from, to choose between rule and LTD by; held-out prompts
+HIDDEN = {"cpu": 64, "cuda": 1024}        # the paper's 1024 trains for minutes instead of one on a CPU
+CHILDREN = 2, 3, 4, 6, 8                  # of a node; those with which the rule is fastest are LTD's
+TEMPERATURES = 0.0, 1.0
+SEEN = {"context": [1], "temperature": [2], "certainty": [3], "echo": [4, 5]}         # columns of what policies see
 
 
-def compare(target, head, costs, prompts, held_out, positions, path):
-    """Learn from greedy texts; save the policy, its gain over the rule. -> rows: ways to choose, on held-out texts."""
-    space, rows, seconds = costs.space, [], seconds_by_choice(costs)
-    train, others = (record(target, head, some, positions, space) for some in (prompts[:TRAIN], prompts[TRAIN:]))
-    learned = Learned(space, HIDDEN[target.norm.weight.device.type])
+def choose_space(target, head, costs, prompts, positions):
+    """-> {children: Costs}, the fastest children by the rule, for the geometric mean of both temperatures, first."""
+    by_children, rates = {}, {}
+    for children in CHILDREN:
+        space = replace(costs.space, top_k=children)
+        here = by_children[children] = costs if space == costs.space else measure(target, head, space)
+        parts = [record(target, head, prompts, positions, space, T) for T in TEMPERATURES]
+        rates[children] = prod(drive(Rule(here), part, here).rate for part in parts)
+    return {children: by_children[children] for children in sorted(rates, key=rates.get, reverse=True)}
+
+
+def baselines(target, head, by_children, tune, part, prompts, positions, T):
+    """What else there is, on the texts of the recording `part` -> {name: Replayed}, the best fixed tree first."""
+    found, (costs, *_) = {}, by_children.values()
+    for here in by_children.values():
+        same = part if here is costs else record(target, head, prompts, positions, here.space, T)
+        fixed, rate = best_fixed(same, seconds_by_choice(here), here.space)           # of these very texts: hindsight
+        found[rate] = {f"best fixed tree, {here.space.top_k},{fixed.depth},{fixed.nodes}": drive(fixed, same, here)}
+    seconds = seconds_by_choice(costs)
+    return found[max(found)] | {
+        "plain decoding": drive(Fixed(costs.space, 0, 0), part, costs),
+        **{name: drive(make(), part, costs) for name, make in tuned(tune, costs).items()},
+        "oracle": replay(part, seconds, *oracle(part, seconds))}
+
+
+def compare(target, head, costs, prompts, positions, blind):
+    """-> a Learned policy; its gain over the rule on texts that neither has seen; rows: ways to choose, on others."""
+    eighth = max(len(prompts) // 8, 1)   # half to learn from, an eighth to choose and to tune by, the rest to report
+    train, others, held_out = prompts[4 * eighth:], prompts[3 * eighth:4 * eighth], prompts[:3 * eighth]
+    if not blind:
+        by_children = choose_space(target, head, costs, others, positions)
+        costs = next(iter(by_children.values()))
+
+    def recordings(some):
+        return [record(target, head, some, positions, costs.space, T) for T in TEMPERATURES]
+
+    def hide(part):
+        seen = part.observation.clone()
+        seen[..., [column for name in blind for column in SEEN[name]]] = 0
+        return part._replace(observation=seen)
+
+    def learnt(part):
+        return replay(part, asked, *decide(learned, hide(part)))
+
+    learned, rows, tuning = Learned(costs.space, HIDDEN[target.norm.weight.device.type]), [], recordings(others)
     asked = seconds_by_choice(costs, learned)
-    learn(learned, train, asked, best_fixed(train, seconds, space)[1])
-    gain = replay(others, asked, *decide(learned, others)).rate / drive(Rule(costs), others, costs).rate - 1
-    save_policy(path, learned, gain)
-    for T in (0.0, 1.0):
-        recording = record(target, head, held_out, positions, space, T)
-        fixed, _ = best_fixed(recording, seconds, space)                              # of these very texts: hindsight
-        best = replay(recording, seconds, *decide(fixed, recording))
-        for name, result in ((f"best fixed, {space.top_k},{fixed.depth},{fixed.nodes}", best),
-                             ("rule", drive(Rule(costs), recording, costs)),
-                             ("LTD", replay(recording, asked, *decide(learned, recording))),
-                             ("oracle", replay(recording, seconds, *oracle(recording, seconds)))):
-            gain, error = paired(100 * (result.tokens / result.seconds) / (best.tokens / best.seconds), 100)
-            rows.append({"T": f"{T:g}", "head": path.stem.removeprefix("policy-"), "": name, "tau": result.tau,
-                         "tokens/s": f"{result.rate:.0f}",
-                         "over plain decoding": f"{result.rate * costs.verify[0]:.2f}",
-                         "over best fixed, %": f"{gain:+.1f} ± {error:.1f}"})
-    return rows
+    learn(learned, list(map(hide, recordings(train))), asked)
+    gain = prod(learnt(part).rate / drive(Rule(costs), part, costs).rate for part in tuning) ** 0.5 - 1
+    for T, part, tune in zip(TEMPERATURES, recordings(held_out), tuning):
+        ways = {} if blind else baselines(target, head, by_children, tune, part, held_out, positions, T)
+        ways |= {"rule": drive(Rule(costs), part, costs), "LTD": learnt(part)}
+        first = next(iter(ways))
+        for name, result in ways.items():
+            more, error = paired(100 * result.speed / ways[first].speed, 100)
+            rows.append({"T": f"{T:g}", "": name, "tau": result.tau, "tokens/s": f"{result.rate:.0f}",
+                         "over plain decoding": f"{result.rate * costs.verify[0]:.3f}",
+                         "over the first, %": f"{more:+.1f} ± {error:.1f}"})
+    return learned, gain, rows
 
 
 def main():
-    parser = argument_parser("python -m gto.ltd", __doc__, "--device")
-    parser.add_argument("--out-dir", default="out", help="where train.py left target and heads (default: out)")
-    parser.add_argument("--data", help="the directory that train.py took (default: data/<dataset>)")
+    parser = argument_parser("python -m gto.ltd", __doc__, *(flag for flag in FLAGS if flag != "--report"))
+    parser.add_argument("--head", action="append", help="repeatable; default: draft.pt and gto.pt")
+    parser.add_argument("--blind", nargs="+", choices=SEEN, default=[], help="do not show this; saves no policy")
     arguments = parser.parse_args()
     start(arguments.device)
-    out = Path(arguments.out_dir)
-    config = load_config(out)
-    corpus = Corpus(arguments.data or f"data/{config.dataset}")
-    target = load_target(out / "target.pt", arguments.device)
-    one_thread_if_small(target)
-    prompts = corpus.batch("train", 0, TRAIN + VALIDATE, PROMPT - 1, config.seed + 2).tolist()
-    held_out, rows = corpus.prompt_ids(TEST), []
-    heads = {path: load_head(path, target, target.norm.weight.dtype) for path in (out / "draft.pt", out / "gto.pt")}
+    out, target, _, encode, _ = load_run(arguments)
+    config, rows = load_config(out), []
+    prompts = [encode(turns[:1]) for turns in read_prompts(out / "prompts.jsonl")]
+    heads = {path: load_head(path, target, target.norm.weight.dtype)
+             for path in arguments.head or (f"{out}/draft.pt", f"{out}/gto.pt")}
     for path, head in heads.items():
-        torch.manual_seed(config.seed)
-        costs = costs_here(out, target, head)
-        rows += compare(target, head, costs, prompts, held_out, config.eval_tokens, policy_path(path))
-    write_whole(out / "ltd.md", table(rows) + "\n")
+        torch.manual_seed(arguments.seed)
+        learned, gain, found = compare(target, head, costs_here(out, target, head), prompts, config.eval_tokens,
+                                       arguments.blind)
+        rows += [{"head": path, **row} for row in found]
+        if not arguments.blind:
+            save_policy(policy_path(path), learned, gain)
+    if not arguments.blind:
+        write_whole(out / "ltd.md", table(rows) + "\n")
     print(table(rows))
 
 

@@ -4,18 +4,20 @@ from statistics import median
 from timeit import repeat
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from gto.evaluate import accepted_path, fixed_text
+from gto.evaluate import fixed_text
 from gto.model import Prefix
-from gto.policy import Fixed, observe
-from gto.tree import TreeShape, candidates, expand, first_level, rerank, score_temperature
+from gto.policy import Echo, Fixed, observe
+from gto.tree import expand, first_level, score_temperature
 
 
 class Recording(NamedTuple):
     positions: int              # roots in a text; R of them in all texts, text by text
-    observation: torch.Tensor   # [R, levels, width] what a policy sees after each level, the first of which is 0
+    observation: torch.Tensor   # [R, levels, width] what a policy sees before the draft and after each level of it
     accepted: torch.Tensor      # [R, levels, sizes] accepted drafts, had one stopped there and verified so many
 
 
@@ -27,29 +29,44 @@ def record(target, head, prompts, positions, space, T=0.0):
     hidden, kv = head.read(fixed.text.features, fixed.text.tokens)                    # [texts, T, dim]
     temperature, steps = score_temperature(T), torch.arange(positions, device=hidden.device)
     for text, start in enumerate(tqdm(fixed.start, desc="record", leave=False)):
-        rows, length = torch.full_like(steps, text), start + steps                    # [n], [n] tokens before each root
-        root, prefix = fixed.text.tokens[rows, length], Prefix(kv, length, rows)
-        draft, observation, accepted = first_level(head, hidden[rows, length - 1], space.top_k, temperature), [], []
+        rows, length, tokens = torch.full_like(steps, text), start + steps, fixed.text.tokens[text]    # [n], [n], [T]
+        known, prefix = what_is_known(target, fixed.text.hidden[text], tokens, length, T), Prefix(kv, length, rows)
+        draft = first_level(head, hidden[rows, length - 1], space.top_k, temperature)
+        path, on_path = torch.full_like(steps, -1), []    # [n] the candidate that the text's path has come to
+        observation, accepted = [observe(known, None, space)], [torch.zeros(positions, len(space.sizes)).long()]
         for depth in range(1, space.depth + 1):
             draft = expand(head, draft, prefix, temperature) if depth > 1 else draft
-            observation.append(observe(draft.scores, length, space))                  # [n, width]
-            for nodes in (space.nodes(depth, size) for size in range(len(space.sizes))):
-                tree = rerank(root, *candidates(draft), TreeShape(space.top_k, depth, max(nodes, 1)))
-                found = accepted_path(tree, fixed.text.tokens[rows], length[:, None])[1]
-                accepted.append(found * (nodes > 0))                                  # [n]
-        texts.append((torch.stack(observation, dim=1), torch.stack(accepted, dim=1).unflatten(1, (space.depth, -1))))
-    return Recording(positions, *(torch.cat(x).cpu() for x in zip(*texts)))
+            hit = (draft.parents[-1] == path[:, None] + 1) & (draft.tokens[-1] == tokens[length + depth][:, None])
+            path = torch.where(hit.any(1), sum(h.shape[1] for h in on_path) + hit.byte().argmax(1), -2)
+            on_path.append(hit)                                                       # [n, nodes of the level]
+            order = torch.cat(draft.scores, dim=1).sort(dim=1, descending=True, stable=True).indices   # see `rerank`
+            found = F.pad(torch.cat(on_path, dim=1).gather(1, order).cumsum(1), (1, 0))   # among the best 0, 1, 2, ..
+            observation.append(observe(known, draft, space))                          # [n, width]
+            accepted.append(found[:, [space.nodes(depth, size) for size in range(len(space.sizes))]].cpu())
+        texts.append((torch.stack(observation, dim=1), torch.stack(accepted, dim=1)))
+    return Recording(positions, *map(torch.cat, zip(*texts)))
+
+
+def what_is_known(target, hidden, tokens, length, T):
+    """`known` of `observe` at the roots of a text: hidden [T, dim], tokens [T], length [n] tokens before each root."""
+    roots, echo = tokens[length], Echo()
+    certainty = target.logits(hidden[length - 1]).float().softmax(-1).gather(1, roots[:, None])        # [n, 1]
+    echo.read(tokens[:length[0]].tolist())
+    return np.array([[before / 1000, T, sure, *echo.read([root])]
+                     for before, sure, root in zip(length.tolist(), certainty[:, 0].tolist(), roots.tolist())])
 
 
 def seconds_by_choice(costs, policy=None):
     """Seconds of a cycle [levels, sizes], a policy's answers included. A size that is not filled costs the same."""
-    seconds, depths = torch.tensor(costs.draft[:, None] + costs.verify).float(), torch.arange(1, costs.space.depth + 1)
+    seconds = torch.tensor(costs.draft[:, None] + costs.verify).float()
+    seconds[0] = costs.verify[0]                                                      # plain decoding, of whatever size
     if policy is None:
         return seconds
     seen = torch.rand(policy.width)
     with torch.inference_mode():                                                      # as in decoding
         stop, size = (median(repeat(lambda: ask(seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
-    return seconds + (stop * depths + size)[:, None]
+    asked = torch.arange(len(seconds))
+    return seconds + (stop * (asked + 1) + size * (asked > 0))[:, None]
 
 
 class Replayed(NamedTuple):
@@ -60,6 +77,10 @@ class Replayed(NamedTuple):
     @property
     def rate(self):
         return (self.tokens.sum() / self.seconds.sum()).item()
+
+    @property
+    def speed(self):
+        return self.tokens / self.seconds
 
     @property
     def tau(self):
@@ -83,15 +104,15 @@ def walk(recording, cycle):
 
 def drive(policy, recording, costs):
     """Decode by a policy that learns as it goes. -> Replayed"""
+    seconds = seconds_by_choice(costs).tolist()
+
     def cycle(root):
-        accepted, took = 0, costs.verify[0]
-        if not policy.waits():
-            seen, last = recording.observation[root], costs.space.depth - 1
-            level = next(i for i in range(last + 1) if i == last or policy.stop(seen[i]))
-            size = int(policy.size(seen[level]))
-            accepted, took = recording.accepted[root, level, size].item(), costs.draft[level] + costs.verify[size]
+        seen, last = recording.observation[root], costs.space.depth
+        level = next(i for i in range(last + 1) if i == last or policy.stop(seen[i]))
+        size = int(policy.size(seen[level])) if level else 0
+        accepted = int(recording.accepted[root, level, size])
         policy.learn(accepted)
-        return accepted, took
+        return accepted, seconds[level][size]
 
     return walk(recording, cycle)
 
