@@ -4,7 +4,6 @@ A time is the median over replays of a CUDA graph of calls that walk over copies
 of them: each finds it cold. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
 import argparse
 import json
-import sys
 
 import torch
 from torch.nn import functional as F
@@ -12,8 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels import acceptance, tree_attention, triton
 
-COLD = 256 * 2**20                                                     # bytes to walk over: five L2 caches of an H200
-D = 128                                                                # head size
+COLD, D = 256 * 2**20, 128                                  # bytes to walk over, five L2 caches of an H200; head size
 compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
@@ -23,7 +21,7 @@ def randn(*shape):
 
 def microseconds(calls, copies, want, tolerance):
     """{name: call(i), i = 0 .. copies-1} -> {name: microseconds a call}; AssertionError if one is wrong."""
-    times = dict.fromkeys(calls)
+    times = {}
     for name, call in calls.items():
         if name != "copy":
             torch.testing.assert_close(call(0).reshape(want.shape).to(want), want, atol=tolerance, rtol=tolerance)
@@ -44,7 +42,6 @@ def attention(H, G, N, S):
     blocks = create_block_mask(lambda b, h, row, key: visible[row, key], None, None, N, T, device="cuda")
     options = {"BLOCK_M": 64} if H // G * N > 128 else None            # the default, all rows, ends at 128
     length, target = torch.tensor([S], device="cuda"), torch.empty_like(K[0])
-
     calls = {
         "ours": lambda i: tree_attention.tree_attention(
             q, K[i, :, :, tree], V[i, :, :, tree], visible[None, :, tree], K[i], V[i], length),
@@ -70,22 +67,22 @@ def reading(operation, log_prob, N, V, *rest):
 
 @torch.no_grad()
 def main():
-    argparse.ArgumentParser("python -m kernels.bench", argparse.SUPPRESS, __doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser("python -m kernels.bench", argparse.SUPPRESS, __doc__.splitlines()[0])
+    parser.parse_args()
     if not torch.cuda.is_available():
-        print("error: this needs an NVIDIA GPU; without one: python -m pytest tests/test_kernels.py", file=sys.stderr)
-        sys.exit(2)
+        parser.error("this needs an NVIDIA GPU; without one: python -m pytest tests/test_kernels.py")
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64                          # flex_attention compiles once per shape
     # The nodes to score are a chain; 32,000 tokens are an EAGLE-3 head's vocabulary.
     tokens, uniform = torch.randint(128_256, (1, 60), device="cuda"), torch.rand(1, 60, device="cuda")
     parents, token_ids = (torch.arange(60, device="cuda") - 1).clamp(min=0)[None], torch.arange(32_000, device="cuda")
-    questions = {"tree attention": [attention(32, G, N, S) for G in (8, 32) for N in (1, 16, 60)
-                                    for S in (512, 4096, 32768)],
-                 "scoring 60 nodes x 128,256 logits": [
-                     {"temperature": T} | reading(acceptance.score_nodes, 1, 60, 128_256, tokens, parents, T, uniform)
-                     for T in (0.0, 1.0)],
-                 "the 10 best of 32,000 logits": [
-                     {"nodes": N} | reading(acceptance.propose, 0, N, 32_000, token_ids, 10, 1.0) for N in (1, 10)]}
+    questions = {
+        "tree attention": [attention(32, G, N, S) for G in (8, 32) for N in (1, 16, 60) for S in (512, 4096, 32768)],
+        "scoring 60 nodes x 128,256 logits": [
+            {"temperature": T} | reading(acceptance.score_nodes, 1, 60, 128_256, tokens, parents, T, uniform)
+            for T in (0.0, 1.0)],
+        "the 10 best of 32,000 logits": [
+            {"nodes": N} | reading(acceptance.propose, 0, N, 32_000, token_ids, 10, 1.0) for N in (1, 10)]}
     for question, rows in questions.items():
         print(f"\nmicroseconds: {question}, bf16\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         for row in rows:
