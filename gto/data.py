@@ -1,5 +1,4 @@
 """From documents to batches: collect them, split them by file, encode them, and serve training windows.
-
 A data directory holds train.bin and val.bin (flat token ids, the end-of-text token behind each document), the
 tokenizer.model, prompts.jsonl (like MT-bench's question.jsonl), and meta.json, written last: then it is complete."""
 import hashlib
@@ -130,7 +129,7 @@ def cut_prompts(documents, count=128, seed=0):
 def read_prompts(path, limit=None):
     """The first `limit` prompts of a question.jsonl (ours, MT-bench, HumanEval, GSM8K): each a list of user turns."""
     prompts = [[text for role, text in turns if role == "user" and text] for turns in read_conversations(path, limit)]
-    if not all(prompts) or not prompts:
+    if not prompts or [] in prompts:
         raise UserError(f'{path} holds no prompts, or an empty one: expected {{"turns": ["text", ...]}} on every line')
     return prompts
 
@@ -141,7 +140,6 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
     encoding = load_encoding(tokenizer) if tokenizer is not None else None
     train, val = split(collect(dataset, inputs))
     out, ours = Path(out), read_own_meta(out) is not None
-    out.mkdir(parents=True, exist_ok=True)
     for path in filter(Path.exists, (out / "meta.json", out / "tokenizer.model")):    # incomplete from here on
         if not ours:
             raise UserError(f"{path} is not of a data directory, but a model's perhaps: choose another --out")
@@ -172,11 +170,10 @@ class Corpus:
         self.directory, meta = directory, read_own_meta(directory) or {}
         with reading(f"{directory}, which python prepare_data.py --out {directory} writes,"):
             self.vocab_size, self.eot_id = meta["vocab_size"], meta["eot_id"]
-            self.tokens = {side: np.memmap(Path(directory, f"{side}.bin"), meta["dtype"], "r")
-                           for side in ("train", "val")}          # [tokens]
-            if any(len(tokens) != meta[f"{side}_tokens"] or tokens.max() >= self.vocab_size
-                   for side, tokens in self.tokens.items()):
-                raise UserError("it is only a part, or of another vocabulary")
+            self.tokens = {side: np.memmap(f"{directory}/{side}.bin", meta["dtype"], "r") for side in ("train", "val")}
+            for side, tokens in self.tokens.items():              # [tokens]
+                if len(tokens) != meta[f"{side}_tokens"] or tokens.max() >= self.vocab_size:
+                    raise UserError("it is only a part, or of another vocabulary")
         self.encoding, self.prompts = load_encoding(directory), read_prompts(Path(directory, "prompts.jsonl"))
 
     def prompt_ids(self, limit=None):
@@ -184,8 +181,7 @@ class Corpus:
         return [self.encoding.encode_ordinary(turns[0])[:PROMPT] for turns in self.prompts[:limit]]
 
     def batch(self, side, step, batch_size, length, seed=0):
-        """Windows of "train" or "val": int64 [batch_size, length + 1], inputs and targets overlapping. A pure function
-        of (seed, step): a resumed training sees the same batches."""
+        """Windows of "train" or "val", int64 [batch_size, length + 1], inputs and targets: a pure function of (seed, step)."""
         tokens = self.tokens[side]
         if len(tokens) <= length:
             raise UserError(f"{self.directory} has {len(tokens)} {side} tokens, a window {length + 1}: add more text")

@@ -1,5 +1,4 @@
 """Tokenizers: a byte-level BPE trained from scratch, tiktoken's rank files, and the text of tokens as they arrive.
-
 A rank file, the format of Llama 3's `tokenizer.model`, has per line base64(bytes of the token), a space, the rank. The
 rank is the token's id, and its priority: tiktoken merges the pair whose result has the lowest rank first."""
 import base64
@@ -74,9 +73,8 @@ def save_tokenizer(path, encoding):
 
 def end_of_text_id(encoding):
     """The id that separates documents. UserError if the tokenizer has none of the usual ones."""
-    for name in END_OF_TEXT_NAMES:
-        if name in encoding._special_tokens:
-            return encoding._special_tokens[name]
+    if found := [encoding._special_tokens[name] for name in END_OF_TEXT_NAMES if name in encoding._special_tokens]:
+        return found[0]
     raise UserError(f"the tokenizer {encoding.name} has no end-of-text token (one of {', '.join(END_OF_TEXT_NAMES)})")
 
 
@@ -84,8 +82,7 @@ class StreamDecoder:
     """Tokens in, text out: a character of several tokens is held back till complete, or till finish(), as U+FFFD."""
 
     def __init__(self, encoding):
-        self.encoding = encoding
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, tokens):
         return self.decoder.decode(b"".join(token_bytes(self.encoding, token) for token in tokens))
@@ -104,9 +101,8 @@ def token_bytes(encoding, token):
 
 def train_bpe(texts, vocab_size, pattern):
     """Learn a byte-level BPE of `vocab_size` tokens, or fewer if no pair is left that occurs twice. `pattern` cuts text
-    into words, whose borders no token crosses. Returns {token bytes: rank}; ranks 0..255 are the single bytes.
-    Candidates are counted by the bytes they would make, not by their two halves: tiktoken merges any neighbours whose
-    joined bytes are in the table. Ties go to the smallest bytes."""
+    into words, whose borders no token crosses. Returns {token bytes: rank}; ranks 0..255 are the single bytes. Pairs
+    are counted by their joined bytes, which is what tiktoken looks up. Ties go to the smallest bytes."""
     frequency = Counter(word for text in texts for word in regex.findall(pattern, text))
     words = {word: [bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in frequency}
     pair_count, pair_words = Counter(), defaultdict(set)          # joined bytes -> occurrences, words

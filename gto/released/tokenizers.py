@@ -5,7 +5,7 @@ import tiktoken
 
 from gto.released.files import locate, read_gguf, read_json
 from gto.tokenizer import LLAMA3_PATTERN, Encoding, make_encoding
-from gto.util import reading
+from gto.util import reading, write_whole
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-2's, for what is left between digits when each of them has been cut off: blanks in front of one are a whole piece.
@@ -25,9 +25,7 @@ def load(source):
     if not path.is_file():
         with reading(f"the tokenizer {source}, here or from the network,"):
             return tiktoken.get_encoding(str(source))
-    if path.suffix in (".gguf", ".json"):
-        return load_byte_level(path)
-    return SentencePieceEncoding(path)
+    return load_byte_level(path) if path.suffix in (".gguf", ".json") else SentencePieceEncoding(path)
 
 
 def load_byte_level(path):
@@ -82,4 +80,4 @@ class SentencePieceEncoding:
         return b"" if self.model.is_control(token) else piece.replace("\u2581", " ").encode()
 
     def save(self, path):
-        Path(path).write_bytes(self.model.serialized_model_proto())
+        write_whole(path, self.model.serialized_model_proto())
