@@ -93,8 +93,7 @@ PRESETS = {
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.
     "real": Config(length=2048, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
                    head_lr=5e-5, head_muon_lr=0.0, label_temperature=1.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1,
-                   rollout_steps=1, groups=16, warmup=1000, accumulate=2, seeds=1, tree="10,7,60"),
-}
+                   rollout_steps=1, groups=16, warmup=1000, accumulate=2, seeds=1, tree="10,7,60")}
 
 CHOICES = {"dataset": ("stdlib", "python"), "aggregator": ("lse", "max", "mean", "expected"), "debias": (True, False),
            "rollout_steps": (1, 2, 4, 5, 8, 10, 20, 40)}  # divisors of gto.training.SAVE_EVERY

@@ -85,9 +85,8 @@ def best_score_temp(head, fixed, shape, temperatures):
 
 def diagnosis(head, fixed, shape, score_temp, bins=10):
     """Acceptance length [B]; the paper's diagnosis: the shares of cycles in which the greedy path, as deep as the tree,
-    is not in the tree as a whole, and in which the tree is accepted just as far as that path alone; the shares in which
-    it is accepted to each depth, [depth]; calibration: [(mean probability of a node's path by the head, share of such
-    nodes accepted)] by tenths of the former."""
+    is not wholly in the tree, in which the tree is accepted just as far as that path, and to each depth, [depth];
+    calibration: [(mean probability of a node's path by the head, share accepted)] by tenths of the former."""
     draft, chain = drafting(head, fixed, shape, score_temp), TreeShape(1, shape.depth, shape.depth)
     cycles, nodes = [], []
 
@@ -139,8 +138,7 @@ def timed(engine, prompt, new_tokens, stop=()):
 
 
 def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
-    """Decode by engines of batch 1, {name: Engine}, in turn, so that they share bad moments; at any temperature they
-    write the same text. -> {name: [Decoded]}."""
+    """Decode by {name: Engine} of batch 1 in turn, which share bad moments, and the text. -> {name: [Decoded]}"""
     result, seed = {name: [] for name in engines}, torch.initial_seed()
     for number, prompt in enumerate(tqdm(prompts[:1] + prompts, desc=desc, unit="prompt", disable=rank() > 0)):
         for name, engine in engines.items():

@@ -1,5 +1,4 @@
 """The draft head: EAGLE-3, one decoder layer over fused target features and the next token's embedding.
-
 Slot t pairs the target's feature at position t with the embedding of token t+1 and predicts token t+2. Where the
 target has not been yet, in a draft, the head's own output takes the place of the feature."""
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ class DraftHead(nn.Module):
     def forward(self, hidden, tokens, positions, mask=None, prefix=None, past=None):
         """hidden [B, N, dim]: fused target features, or the parents' outputs; tokens, positions [B, N].
         Without a prefix the slots are a causal sequence, else nodes under `mask` [B, N, M].
-
         Returns hidden [B, N, dim] for `logits` and children; keys, values [B, kv_heads, M, D], `past` included."""
         x, cos, sin = self.inputs(hidden, tokens, positions)
         attended, k, v = self.attn(x, cos, sin, mask, prefix, past=past)
@@ -84,7 +82,6 @@ class DraftHead(nn.Module):
 
     def unroll(self, features, tokens, roots, chains):
         """Draft along given chains, with gradient: EAGLE-3's training-time test, and GTO's log-probabilities.
-
         features [B, T, 3 * target_dim], tokens [B, T] of texts; roots [B, R] slots where chains start;
         chains [B, R, J] the tokens drafted after each root slot's prediction, in order.
         Returns hidden [B, R, J+1, dim]: `[:, r, j]` predicts chain token j of root r, having read tokens 0 .. j-1.
@@ -106,7 +103,6 @@ class DraftHead(nn.Module):
 
 def attend_chain(q, k_true, v_true, unseen, chain_kv):
     """One step of R chains: attention to the true slots, and to each chain's own steps so far.
-
     q [B, heads, R, D]; k_true, v_true [B, kv_heads, T, D]; unseen [B, R, T] bool: true slots behind a chain's root;
     chain_kv [(k, v)] by step, [B, kv_heads, R, D] each. Own keys are one dot product each: they need no mask."""
     (B, H, R, D), (G, T) = q.shape, k_true.shape[1:3]

@@ -1,6 +1,5 @@
-"""The losses: token-level training (phase I) and the objectives of phase II, one equation a function.
-For one of your own, write a function like `keep_objective` and name it in OBJECTIVES: `train.py --objective` knows it.
-The reward (eq. 3-5) is `gto.rollout.tree_reward`."""
+"""The losses: token-level training (phase I), objectives of phase II, one equation a function; eq. 3-5: gto/rollout.py.
+For one of your own, write a function like `keep_objective` and name it in OBJECTIVES, for `train.py --objective`."""
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from gto.tree import TreeShape
 
 def soft_labels(target, text, token_ids, temperature=1.0):
     """What the head is taught: the target's distribution over the draft vocabulary, sharpened by a temperature below 1.
-
     text [B, T]; token_ids [V'] target id of every draft id -> labels [B, T, V'], teachable [B, T] bool: False where the
     draft vocabulary lacks the target's arg-max, as the renormalised label would teach another token."""
     logits = F.linear(text.hidden, target.unembed.weight[token_ids]).float()          # [B, T, V']
@@ -24,7 +22,6 @@ def soft_labels(target, text, token_ids, temperature=1.0):
 
 def token_loss(log_q, labels, weight, total=None, decay=0.8):
     """EAGLE-3's training-time test: soft cross-entropy of the target's and the head's distribution at every step.
-
     log_q, labels  [B, R, J, V'] over the draft vocabulary, at step j of the unroll, which weighs decay ** j (EAGLE-3)
     weight         [B, R, J]     1 where supervised, 0 elsewhere: the mean is over supervised positions only
     total          [J]           what to divide by instead, if this is a part of a batch: its parts' mean count"""
@@ -80,10 +77,8 @@ def surrogate(s, advantage, eps):
     return -torch.minimum(s * advantage, s.clamp(1 - eps, 1 + eps) * advantage).mean()
 
 
-
 class Batch(NamedTuple):
-    """What an objective of phase II may use: L = L_token + omega * objective(batch)[0]. Losses are means, weighted so
-    that the parts of a step may be averaged."""
+    """What an objective of phase II may use. L = L_token + omega * objective(batch)[0] is averaged over the parts."""
     config: Config
     target: Target              # frozen
     head: DraftHead             # the one that learns
@@ -125,7 +120,6 @@ def rollout(batch):
 
 def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):
     """How much of the target's greedy path the re-ranking keeps, without drafting a tree. -> loss, metrics.
-
     A step's path score, at a temperature, is compared with that of the last node a tree keeps, a constant threshold, by
     a sigmoid of this width (nats). A step counts only with all before it; far above the cut it gets no gradient."""
     text, (_, R, steps) = batch.text, batch.weight.shape

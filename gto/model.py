@@ -66,8 +66,7 @@ class Prefix(NamedTuple):
 
 
 class KVCache:
-    """Preallocated keys and values, [layers, sequences, kv_heads, capacity, head_dim] each. The caller knows how much
-    of a row is valid: `length`, on the device."""
+    """Keys and values, [layers, sequences, kv_heads, capacity, head_dim] each; the caller knows each row's length."""
 
     def __init__(self, model, sequences, capacity):
         shape = (model.config.layers, sequences, model.config.kv_heads, capacity, model.config.head_dim)
@@ -115,8 +114,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.qkv = Linear(in_dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, config.dim)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
     def project(self, x, cos, sin):
         """x [B, N, in_dim] -> rotated q [B, heads, N, D], rotated k and v [B, kv_heads, N, D]."""
@@ -182,7 +180,6 @@ class Target(nn.Module):
 
     def forward(self, tokens, positions=None, mask=None, prefix=None, keep_kv=True):
         """tokens [B, N]; without a prefix they are a causal sequence, else nodes at `positions` under `mask` [B, N, N].
-
         Returns hidden [B, N, dim], normed, for `logits`; features [B, N, 3 * dim], the inputs of the tapped layers;
         keys, values: per layer [B, kv_heads, N, D]; with keep_kv False empty lists, which saves gigabytes."""
         if positions is None:

@@ -1,5 +1,4 @@
 """Phase II's experience: draft trees at groups of positions of a text, and what the target makes of them.
-
 Nothing here but `sequence_log_prob` carries a gradient. All trees of a batch are drafted and verified side by side."""
 from typing import NamedTuple
 
@@ -39,7 +38,6 @@ def target_forward(target, tokens):
 
 def sample_groups(supervised, groups, size, depth, generator):
     """Root slots of K non-overlapping groups of m adjacent positions of each text, supervised [B, T] on the CPU.
-
     A root slot r has its root token at r + 1: it and the next are supervised, and `depth` more tokens follow. Returns
     roots [B, K, m] and valid [B, K] bool, False for what fills up a text with room for fewer groups."""
     roots = torch.zeros(len(supervised), groups, size, dtype=torch.long)
@@ -97,7 +95,6 @@ def score_inner_nodes(target, tree, prefix, temperature=0.0, neighbours=1):
 
 def tree_reward(log_prob, parents, mask, aggregator="lse", eta=1.0):
     """How much of a drafted tree the target would accept, eq. 3-5.
-
     log_prob [B, N]  log T(token of the node | its ancestors), 0 for the root; parents [B, N]
     mask [B, N, N]   bool, ancestors and self: for `where`, as log T may be -inf, and a product with 0 NaN
     aggregator       of the paths: "lse" (1/eta log sum exp(eta L)), "max" or "mean"; "expected": what a sampling target

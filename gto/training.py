@@ -110,7 +110,6 @@ def train_head(stage, config, target, head, texts, out, objective=None, referenc
 
 def sample_batch(part, stage, config, target, head, reference, texts, kept):
     """One part of a step: texts drawn for this rank, run through target and head. -> gto.loss.Batch.
-
     All ranks draw the whole step's texts and groups, by the step's number alone, and count what there is to learn: the
     mean of the parts' losses is the loss of the whole, however it is cut up."""
     device, parts = target.norm.weight.device, config.accumulate * ranks()
@@ -159,7 +158,6 @@ def optimizers_for(model, muon_lr, adam_lr):
 
 def train(stage, model, optimizers, loss_of, out, warmup=20, clip=1.0, accumulate=1):
     """Run all optimiser steps, save the model; out/<name>.partial.pt resumes an interrupted run. UserError at a NaN.
-
     loss_of(part) -> (loss, {metric: value}); a step takes the mean over its `accumulate` parts, numbered on through the
     training, and over all ranks. It must be a pure function of `part`, the rank and the model, which it may keep for
     less than SAVE_EVERY steps: then runs, resumed or not, are equal bit for bit on a CPU with as many threads, else up

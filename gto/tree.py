@@ -75,11 +75,9 @@ def rows(x, index):
 class Draft(NamedTuple):
     """A draft of some levels, before re-ranking: k candidates at the first level, k * k at every further one, numbered
     level by level, in groups of k siblings; `parents` holds number + 1, 0: the root. With k = 2:
-
         level 1    0 1                    parents 0 0        frontier, best first: 1 0
         level 2    2 3 of 1, 4 5 of 0     parents 2 2 1 1    frontier, say: 3 5
         level 3    6 7 of 3, 8 9 of 5     parents 4 4 6 6
-
     Two candidates are `older` than level 2, where node 5 = older + best is `best` = 3 (see `frontier`): frontier node
     `best // k` = 1 proposed it. It saw what its proposer saw, and itself: k more columns of `seen`."""
     scores: tuple           # by level [B, n]: sums of draft log-probabilities from the root
@@ -111,11 +109,8 @@ def expand(head, draft, prefix, temperature):
 
 def draft_tree(head, hidden, root, prefix, shape, temperature):
     """Draft one tree per prefix, by depth - 1 head passes over a frontier of k nodes. -> Tree. No host synchronisation.
-
-    hidden [B, dim]   the head's output at the last true slot, which predicts the first level
-    root [B]          the last committed token
-    prefix            the head's cache and the number of true slots in it, `length` [B]
-    temperature       of the scores, see `score_temperature`"""
+    hidden [B, dim]: the head's output at the last true slot, which predicts the first level; root [B]: the last
+    committed token; prefix: the head's cache, of `length` [B] true slots; temperature: see `score_temperature`."""
     return rerank(root, *draft_candidates(head, hidden, prefix, shape, temperature), shape)
 
 

@@ -18,7 +18,6 @@ PROPOSE_CHUNK = 1024  # a draft's level has 10 rows of 32k, not 60 of 128k: smal
 
 def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None):
     """What the target chooses at every node, and what it thinks of every node's token.
-
     logits   [B, N, V]  the target's logits after each node; -inf masks a token out
     tokens   [B, M]     node tokens; node 0 is the root. None: only the choices are wanted, log_prob is None
     parents  [B, M]     where in `logits` each node's parent is: with M > N, those of leaves are not there
@@ -42,8 +41,7 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
 
 def propose(logits, token_ids, k, temperature):
     """The k likeliest next tokens: logits [..., V], token_ids [V] the target's name of each. -> log-probabilities at
-    this temperature, float32, and target token ids, [..., k] each, best first. Among equal logits the kernel takes
-    the lowest index; torch.topk promises no order."""
+    this temperature, float32, and target token ids, [..., k] each, best first; at a tie the kernel's is the first."""
     V = logits.shape[-1]
     if not use_triton(logits) or k > 64:                                   # more would fill a program's registers
         log_p, index = torch.log_softmax(logits.float() / temperature, dim=-1).topk(k, dim=-1)

@@ -1,6 +1,5 @@
 """The small steps of decoding, each one kernel instead of three to a dozen: the element-wise ones of a decoder layer,
-which read their input once and compute in float32, and the bookkeeping of a draft. A cycle runs hundreds of kernels
-that each last about as long as it takes to start one: fewer are faster."""
+in float32, and the bookkeeping of a draft. Launching one takes about as long as its work does: fewer are faster."""
 import torch
 
 from kernels import tl, triton, use_triton
@@ -95,11 +94,9 @@ def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, first_ptr, second_ptr, out_ptr, x_b,
 def frontier(scores, tokens, hidden, seen, older):
     """The k best candidates of a draft's newest level, which was proposed by m nodes, k children each; at a tie the
     lowest index first.
-
-    scores, tokens [B, m * k]   of the candidates, siblings side by side
+    scores, tokens [B, m * k]   of the candidates, siblings side by side; older: how many stand before this level
     hidden [B, m, dim]          what their proposers put out
     seen [B, m, M] bool         which nodes of earlier frontiers their proposers saw
-    older                       candidates before this level
     Returns  score, token [B, k]; feature [B, k, dim] of each one's proposer; seen [B, k, M + k]: what its proposer
              saw, and itself; parents [B, k, k]: the number among all candidates, + 1, for each one's k children"""
     (B, m, dim), M, k = hidden.shape, seen.shape[2], scores.shape[1] // hidden.shape[1]

@@ -2,12 +2,11 @@
 
 The H/G query heads that share a key head see the same keys, so (node, head of the group) pairs are the rows of one
 matrix: N = 1 still fills a tensor core tile, and a key is loaded once for all. A program owns BLOCK_M rows of one tree
-and key head, and one *split* of the prefix, which is cut because a tree of 60 nodes has fewer row blocks than a GPU has
-processors. It walks over its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of
-exp(score - largest) and the weighted sum of values, scaled down whenever a larger score turns up. The last split goes
-on with the tree's own keys, the only ones under the ancestor mask. A second kernel averages the splits' outputs,
-weighted by exp(log-sum-exp). The number of splits depends on shapes only, where one begins is worked out *on the
-device*: nothing waits for the host, and one captured CUDA graph serves every length."""
+and key head, and one *split* of the prefix, as a tree of 60 nodes has fewer row blocks than a GPU has processors. It
+walks over its keys BLOCK_N at a time and keeps, per row, the largest score so far, the sum of exp(score - largest) and
+the weighted sum of values, scaled down whenever a larger score turns up. The last split goes on with the tree's own
+keys, the only ones under the ancestor mask. A second kernel averages the splits' outputs, weighted by exp(log-sum-exp).
+The number of splits depends on shapes only, where one begins on what the *device* knows: one CUDA graph serves all."""
 import math
 
 import torch
@@ -17,7 +16,6 @@ from kernels import tl, triton, use_triton
 
 def tree_attention(q, k, v, mask, k_cache, v_cache, length, sequence=None):
     """Attention of the nodes of B trees over their cached prefix and over their own ancestors.
-
     q        [B, H, N, D]    queries of the N new nodes, rotary positions applied
     k, v     [B, G, M, D]    keys and values of the tree itself, G key heads (H a multiple of G). M >= N: a frontier
                              of N nodes also sees the levels drafted before it.

@@ -20,7 +20,6 @@ from gto.tree import TreeShape
 from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, start, table
 from gto.verify import Sampling
 
-
 SHAPES = {
     "llama-3.1-8b": ModelConfig(128256, 32, 4096, 32, 8, 128, 14336, 131072, 1e-5, 5e5, (8.0, 1.0, 4.0, 8192), False),
     "qwen3-8b": ModelConfig(151936, 36, 4096, 32, 8, 128, 12288, 40960, 1e-6, 1e6, tied=False, qk_norm=True), }

@@ -17,7 +17,6 @@ from gto.util import synchronize, write_whole
 def watch(engine, prompt, encoding, new_tokens, stop=()):
     """Decode a prompt (token ids) as `engine.generate` does. -> what is to be seen of it, ready for JSON: prompt, its
     text; setting; score_temp; cycles, the first being the prefill, which drafts nothing. Each has
-
     emitted  texts of the tokens; all but the last one were drafted
     nodes    the tree, and the best of each node's pruned children; parents come first: token, parent, head and target
              (the token's probability behind its path, at the temperature of scores, of decoding), path (product of
