@@ -35,7 +35,8 @@ def read(path, kind, device="cpu"):
 
 
 def load_target(path, device="cpu", dtype=None):
-    """A frozen target: a *.pt of train.py, or as downloaded, folder, *.gguf or "smollm2". dtype None: the device's."""
+    """A frozen target: a checkpoint *.pt of train.py, or as downloaded, a folder, a *.gguf or "smollm2". dtype, or its
+    name; None: by the device."""
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or compute_dtype(device)
     if Path(path).suffix != ".pt":
         from gto.released import load

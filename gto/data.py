@@ -181,7 +181,7 @@ class Corpus:
         return [self.encoding.encode_ordinary(turns[0])[:PROMPT] for turns in self.prompts[:limit]]
 
     def batch(self, side, step, batch_size, length, seed=0):
-        """Windows of "train" or "val", int64 [batch_size, length + 1], inputs and targets: a pure function of (seed, step)."""
+        """Windows of "train" or "val", int64 [batch_size, length + 1], inputs and targets; pure in (seed, step)."""
         tokens = self.tokens[side]
         if len(tokens) <= length:
             raise UserError(f"{self.directory} has {len(tokens)} {side} tokens, a window {length + 1}: add more text")

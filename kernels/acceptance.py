@@ -41,7 +41,7 @@ def score_nodes(logits, tokens=None, parents=None, temperature=0.0, uniform=None
 
 def propose(logits, token_ids, k, temperature):
     """The k likeliest next tokens: logits [..., V], token_ids [V] the target's name of each. -> log-probabilities at
-    this temperature, float32, and target token ids, [..., k] each, best first; at a tie the kernel's is the first."""
+    this temperature, float32, and target token ids, [..., k] each, best first. Ties: the lowest index (topk: any)."""
     V = logits.shape[-1]
     if not use_triton(logits) or k > 64:                                   # more would fill a program's registers
         log_p, index = torch.log_softmax(logits.float() / temperature, dim=-1).topk(k, dim=-1)

@@ -11,7 +11,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels import acceptance, tree_attention, triton
 
-COLD, D = 256 * 2**20, 128                                  # bytes to walk over, five L2 caches of an H200; head size
+COLD = 256 * 2**20                                                     # bytes to walk over: five L2 caches of an H200
+D = 128                                                                # head size
 compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 

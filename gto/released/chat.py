@@ -1,5 +1,4 @@
 """Chat templates, the models' own, and conversations as training texts, given or written by the target itself.
-
 A template is a Jinja program that comes with the model. It runs in a sandbox, as Hugging Face's apply_chat_template
 would run it, and writes its beginning-of-text token itself. A special token that somebody typed counts as one."""
 import json
@@ -101,9 +100,8 @@ def user_prefix(chat):
 
 
 def rows(chat, messages):
-    """A conversation as training rows [(id, written), ...]. `written` marks what the model writes itself, up to its
-    end token, in the context in which it would. That is one row if the template only appends; one that rewrites what
-    was before (Qwen3's and R1's drop thoughts) begins a new row there."""
+    """A conversation as training rows [(id, written), ...]. `written` marks what the model writes itself, end token
+    included. A template that rewrites what was before (Qwen3's and R1's drop thoughts) begins a new row there."""
     found, row = [], ""                                           # row: the text of the last one
     for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         prompt, answer = render(chat, messages[:i], generate=True), messages[i]["content"]
@@ -149,8 +147,8 @@ def encode_conversations(path, chat, length, room):
 
 def conversations(config, out, target, chat):
     """What heads are trained on without --data: config.texts conversations, which the target writes to out/chats.jsonl.
-    Given its template up to where a user's text begins, it writes what one might ask (Magpie, arXiv 2406.08464). Then
-    it answers, every other batch greedily. -> tokens, supervised [n, config.length + config.unroll]."""
+    Where its template puts a user's text, it writes what one might ask (Magpie, arXiv 2406.08464). Then it answers,
+    every other batch greedily. -> tokens, supervised [n, config.length + config.unroll]."""
     def converse(questions, number):
         prompts = [encode_turns(chat, [text]) for text in questions]
         temperature = float(number // config.text_batch % 2)

@@ -1,7 +1,5 @@
 """Published weights -> our modules: targets in Hugging Face's or GGUF's layout, draft heads in EAGLE-3's.
-
-Files are mapped, not read, and modules built on the meta device, without storage. Then one tensor after the other is
-put together, converted and moved to where it will live."""
+Files are mapped, not read, modules built on the meta device; then each tensor is put together, converted, moved."""
 from pathlib import Path
 
 import torch
