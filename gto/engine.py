@@ -1,5 +1,4 @@
 """The decoding engine: prefill, then draft, verify, compact, repeat. Without a head it is plain decoding.
-
 Every tensor of a cycle has a fixed shape and every length lives on the device, so that on a GPU one cycle is one
 CUDA graph; the host only reads what was emitted."""
 import itertools

@@ -1,5 +1,4 @@
 """How good a head is: its acceptance length tau, its speed, and the table at the end of a run.
-
 tau is measured along texts that the target has written before: a cycle drafts at the current root, accepts the path
 that the text goes, and moves on. This is what decoding does, at T>0 in distribution: the target's draws may be made in
 advance, one per position, as verification meets at most one node of a position. All heads meet the same text."""

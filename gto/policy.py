@@ -101,7 +101,6 @@ class Rule:
     """Draft on while the next level promises more accepted tokens than it costs, its time counted in tokens at the
     speed of decoding so far; then verify the size that promises most beyond its cost. A promise is the head's
     probability times `trust`, what came true of earlier ones. Needs no training.
-
     Roots are of five kinds, by how sure the target was of them: where it was, it will be. While cycles with drafts
     behind roots of a kind are slower than plain decoding, each doubles the plain ones before the kind's next."""
     memory, longest_wait = 0.98, 16      # of a cycle ago, in trust and speed; cycles
@@ -111,14 +110,13 @@ class Rule:
         self.space, self.costs, self.sizes = costs.space, costs, list(costs.space.sizes)
         node = (costs.verify[-1] - costs.verify[0]) / self.sizes[-1]
         self.level_cost = [*np.diff(costs.draft) + 2 * node, float("inf")]            # of another level, with two nodes
-        self.accepted = self.promised = 2.0
-        self.tokens, self.seconds = 20.0, 20 * costs.verify[0]                        # as if by plain decoding
-        self.tokens_of, self.seconds_of = 20 * np.linspace(1, 1.4, 5), np.full(5, self.seconds)     # by kind: hopeful
-        self.wait, self.patience, self.cycle = np.zeros(5), np.ones(5), None
+        self.trust = np.full(2, 2.0)                                                  # accepted, promised
+        self.speed = 20 * np.stack([[*np.linspace(1, 1.4, 5), 1], np.full(6, costs.verify[0])])    # tokens, seconds
+        self.wait, self.patience, self.cycle = np.zeros(5), np.ones(5), None          # by kind, as speed[:, :5]
 
     def rate(self):
         """Tokens a second that time is worth: what drafting makes of it, or plain decoding would."""
-        return max(self.tokens / self.seconds, 1 / self.costs.verify[0])
+        return max(self.speed[0, 5] / self.speed[1, 5], 1 / self.costs.verify[0])
 
     def stop(self, seen):
         """seen [width] of one draft."""
@@ -133,14 +131,14 @@ class Rule:
         # the frontier's best node and that of all its nodes; it must be trusted twice, as it stands on this level's.
         best, frontier = seen[6], seen[6:6 + self.space.top_k].sum()
         promised = (best ** (1 + 1 / drafted) + frontier ** (1 + 1 / drafted)) / 2
-        gain = (self.accepted / self.promised) ** 2 * promised
+        gain = (self.trust[0] / self.trust[1]) ** 2 * promised
         return gain < self.level_cost[drafted] * self.rate()
 
     def size(self, seen):
         seen = np.asarray(seen)
         promised = np.append(0, seen[6 + self.space.top_k:].cumsum())[self.sizes]     # [sizes]
         cost = self.costs.draft[round(float(seen[0] * self.space.depth))] + self.costs.verify
-        size = int((self.accepted / self.promised * promised - cost * self.rate()).argmax())
+        size = int((self.trust[0] / self.trust[1] * promised - cost * self.rate()).argmax())
         self.cycle = promised[size], cost[size]
         return size
 
@@ -148,13 +146,10 @@ class Rule:
         if self.cycle is None:                                                        # it waited
             return
         (promised, seconds), kind, memory = self.cycle, self.kind, self.memory
-        self.accepted = (1 - memory) * 2 + memory * self.accepted + accepted
-        self.promised = (1 - memory) * 2 + memory * self.promised + promised
-        self.tokens = memory * self.tokens + accepted + 1
-        self.seconds = memory * self.seconds + seconds
-        self.tokens_of[kind] = memory * self.tokens_of[kind] + accepted + 1
-        self.seconds_of[kind] = memory * self.seconds_of[kind] + seconds
-        slow = self.tokens_of[kind] * self.costs.verify[0] < self.seconds_of[kind]
+        self.trust = (1 - memory) * 2 + memory * self.trust + (accepted, promised)
+        for each in kind, 5:
+            self.speed[:, each] = memory * self.speed[:, each] + (accepted + 1, seconds)
+        slow = self.speed[0, kind] * self.costs.verify[0] < self.speed[1, kind]
         self.wait[kind] = self.patience[kind] if slow else 0
         self.patience[kind] = min(2 * self.patience[kind], self.longest_wait) if slow else 1
 

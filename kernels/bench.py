@@ -7,13 +7,11 @@ import json
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels import acceptance, tree_attention, triton
 
 COLD = 256 * 2**20                                                     # bytes to walk over: five L2 caches of an H200
 D = 128                                                                # head size
-compiled_flex = torch.compile(flex_attention, dynamic=False)
 
 
 def randn(*shape):
@@ -40,15 +38,11 @@ def attention(H, G, N, S):
     visible = torch.cat([mask.new_ones(N, S), mask, mask.new_zeros(N, T - S - N)], dim=1).cuda()
     rows, sees = q.view(1, G, H // G * N, D), visible.repeat(H // G, 1)  # heads that share keys become rows
     bias, tree = q.new_zeros(sees.shape).masked_fill(~sees, float("-inf")), slice(S, S + N)
-    blocks = create_block_mask(lambda b, h, row, key: visible[row, key], None, None, N, T, device="cuda")
-    options = {"BLOCK_M": 64} if H // G * N > 128 else None            # the default, all rows, ends at 128
     length, target = torch.tensor([S], device="cuda"), torch.empty_like(K[0])
     calls = {
         "ours": lambda i: tree_attention.tree_attention(
             q, K[i, :, :, tree], V[i, :, :, tree], visible[None, :, tree], K[i], V[i], length),
         "SDPA": lambda i: F.scaled_dot_product_attention(rows, K[i], V[i], attn_mask=bias),
-        "FlexAttention": lambda i: compiled_flex(q, K[i], V[i], block_mask=blocks, enable_gqa=H != G,
-                                                 kernel_options=options),
         "copy": lambda i: target.copy_(K[i])}                          # reads and writes: as many bytes as K and V
     want = F.scaled_dot_product_attention(rows.double(), K[0].double(), V[0].double(), attn_mask=sees).view_as(q)
     return {"heads": f"{H}/{G}", "nodes": N, "prefix": S} | microseconds(calls, copies, want, 2e-2)
@@ -73,7 +67,6 @@ def main():
     if not torch.cuda.is_available():
         parser.error("this needs an NVIDIA GPU; without one: python -m pytest tests/test_kernels.py")
     torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64                          # flex_attention compiles once per shape
     # The nodes to score are a chain; 32,000 tokens are an EAGLE-3 head's vocabulary.
     tokens, uniform = torch.randint(128_256, (1, 60), device="cuda"), torch.rand(1, 60, device="cuda")
     parents, token_ids = (torch.arange(60, device="cuda") - 1).clamp(min=0)[None], torch.arange(32_000, device="cuda")

@@ -109,14 +109,6 @@ def test_differences_are_paired_by_prompt_and_seed():
     assert ablate.over_control(results, "control", "T=0") == ablate.over_control({"keep": [1]}, "keep", "T=0") == ""
 
 
-def test_positive_part_of_the_advantage():
-    target, head = tiny_models(seed=3)
-    batch = batch_of(CONFIG, target, head, moved(head, target), text_of(target))
-    whole, half = [], []
-    gto, positive = gto_objective(batch._replace(kept=whole)), ablate.positive_objective(batch._replace(kept=half))
-    assert whole[4].min() < 0 == half[4].min() and torch.equal(half[4], whole[4].relu()) and gto[0] != positive[0]
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """A folder as train.py --stage draft leaves it, of random models."""
@@ -163,9 +155,9 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
         "draft.pt", "ablate-2-3,3,6/gto-seed1.pt", "ablate-2-3,3,6/control-seed1.pt", "ablate-2-3,3,6/keep-seed1.pt"))
     assert not any(torch.equal(before, weight) for weight in after)
 
-    table, results = ablation("--only steps gto-positive --seeds 1"), ablate.read_results(out / "ablate-2-3,3,6")
+    table, results = ablation("--only steps --seeds 1"), ablate.read_results(out / "ablate-2-3,3,6")
     assert {name: runs[0]["steps"] for name, runs in results.items() if "-" in name} == dict.fromkeys(
-        ("gto-positive", "control-steps", "control-sharp-steps", "keep-steps"), 2)
+        ("control-steps", "control-sharp-steps", "keep-steps"), 2)
     assert "over control-steps, T=0" in table and len(results["control"]) == 2
 
     with pytest.raises(UserError, match="choose from"):

@@ -298,7 +298,3 @@ def test_the_program(tmp_path, monkeypatch):
         "plain", "best fixed tree, ", "entropy |", "running mean of acceptances (GammaTune) |", "rule |", "LTD |",
         "oracle |")))
     assert load_policy(policy_path("out/gto.pt"))[0].space.depth == SPACE.depth
-    Path("out/policy-gto.pt").unlink()
-    monkeypatch.setattr(sys, "argv", ["gto.ltd", "--device", "cpu", "--head", "out/gto.pt", "--blind", "echo"])
-    ltd.main()
-    assert not Path("out/policy-gto.pt").exists() and Path("out/ltd.md").read_text() == lines

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gto.bench.__main__ import SHAPES
 from gto.engine import Engine
 from gto.head import DraftHead, HeadConfig
-from gto.model import Prefix, Target
+from gto.model import ModelConfig, Prefix, Target
 from gto.tree import TreeShape, candidates, expand, rerank
 from kernels import acceptance, fused, tree_attention
 
 pytest.importorskip("triton")
+SHAPES = {
+    "llama-3.1-8b": ModelConfig(128256, 32, 4096, 32, 8, 128, 14336, 131072, 1e-5, 5e5, (8.0, 1.0, 4.0, 8192), False),
+    "qwen3-8b": ModelConfig(151936, 36, 4096, 32, 8, 128, 12288, 40960, 1e-6, 1e6, tied=False, qk_norm=True)}
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view"}
 
 

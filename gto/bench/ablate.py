@@ -14,10 +14,11 @@ from statistics import mean
 import torch
 from torch.nn import functional as F
 
-from gto import checkpoint, loss
+from gto import checkpoint
 from gto.config import check
 from gto.data import PROMPT, read_prompts
 from gto.evaluate import SCORE_TEMPS, best_score_temp, fixed_text, replay_text, tau
+from gto.loss import OBJECTIVES, gto_objective
 from gto.model import Prefix
 from gto.page import path_log_prob
 from gto.training import Stage, Texts, copy_of, train_head
@@ -28,41 +29,11 @@ TRIAL = 20    # steps that measure a recipe's pace
 SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
 KEEP = {"objective": "keep", "omega": 3.0}
 
-
-def positive_objective(batch):
-    """GTO that pushes no accepted sequence down: only the positive part of the advantage."""
-    if not batch.kept:
-        *others, advantage, metrics = loss.rollout(batch)
-        batch.kept.extend((*others, advantage.clamp(min=0), metrics))
-    return loss.gto_objective(batch)
-
-
-def acceptance(batch):
-    """The chance that sampling accepts what the head drafts at every step of its chains, [B, R, J+1]."""
-    return torch.minimum(batch.labels, batch.log_q.exp()).sum(-1)
-
-
-def lk_objective(batch):
-    """LK (arXiv 2602.23881): the likelihood of acceptance at every step, in place of that of the target's tokens."""
-    likely = acceptance(batch).clamp(min=1e-6).log()[..., None]
-    return loss.token_loss(likely, torch.ones_like(likely), batch.weight, batch.total), {}
-
-
-def length_objective(batch):
-    """The expected accepted length of a chain: a step counts only with all before it."""
-    reached = (acceptance(batch) * batch.weight).cumprod(-1)
-    return -reached.sum() / batch.total[0], {}
-
-
-OBJECTIVES = loss.OBJECTIVES | {"positive": positive_objective, "lk": lk_objective, "length": length_objective}
-
 # {table: {run: what differs from out/config.json}}. A control continues phase I: the token-level loss alone.
 TABLES = {
     "ceilings": {},
     "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
-                   "gto-sharp": SHARP, "gto-positive": {"objective": "positive"}, "keep": KEEP,
-                   "keep-sharp": KEEP | SHARP, "lk": {"objective": "lk", "omega": 3.0} | SOFT,
-                   "length": {"objective": "length", "omega": 3.0} | SOFT},
+                   "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
     "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP},
     "groups": {f"m={m}": {"group_size": m, "groups": 32 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
@@ -152,7 +123,7 @@ class Ablation:
             return head, checkpoint.seconds_of(self.folder, stage.name)
 
         stage = Stage(f"{name}-seed{seed}", config.gto_steps, config.gto_batch, config.gto_rate, config.seed + seed)
-        if objective not in (loss.gto_objective, positive_objective) and not name.endswith("-steps"):
+        if objective is not gto_objective and not name.endswith("-steps"):
             stage = stage._replace(batch=config.head_batch)       # no dear trees: more texts a step, more steps
             pace = TRIAL / run(stage._replace(name="trial", steps=TRIAL))[1]
             stage = stage._replace(steps=max(1, round(pace * read_results(self.folder)["gto"][seed]["seconds"])))

@@ -79,10 +79,6 @@ class Replayed(NamedTuple):
         return (self.tokens.sum() / self.seconds.sum()).item()
 
     @property
-    def speed(self):
-        return self.tokens / self.seconds
-
-    @property
     def tau(self):
         return self.tokens.sum().item() / len(self.roots)
 
