@@ -40,7 +40,7 @@ def observe(known, draft, space):
     probabilities of the newest level's top_k best nodes (the frontier), descending; of the best nodes of all levels,
     descending, 0 where there are none.
     known, numpy [B, 5]: tokens in the target's cache, in thousands; the temperature; the target's probability of the
-    root; the two of `Echo.read`, of which the second, a token, is seen as the head's probability of it. draft: or None."""
+    root; the two of `Echo.read`, the second being a token, of which one sees the head's probability. draft: or None."""
     nothing, levels = np.zeros((len(known), space.sizes[-1])), 0
     newest = every = echoed = nothing[:, :0]
     if draft:
@@ -80,9 +80,9 @@ class Costs(NamedTuple):
 
 
 class Fixed:
-    """The same depth and size in every cycle; depth 0: plain decoding. Policies answer two questions, which may be asked
-    of observations [.., width]: draft no further, or not at all? -> [..] bool; how many nodes to verify? -> [..], an
-    index into `space.sizes`. And are told how many drafts a cycle accepted."""
+    """The same depth and size in every cycle; depth 0: plain decoding. Policies answer two questions of observations
+    [.., width]: draft no further, or not at all? -> [..] bool; how many nodes to verify? -> [..], an index into
+    `space.sizes`. And are told how many drafts a cycle accepted."""
 
     def __init__(self, space, depth, size):
         self.space, self.depth, self.choice, self.nodes = space, depth, size, space.nodes(depth, size)
@@ -170,14 +170,14 @@ class AdaptiveEngine(Engine):
     def prefill(self, prompts):
         self.tell()
         self.decided, self.unread, self.echo = False, [], Echo()
+        first = super().prefill(prompts)
         self.echo.read(prompts[0])
-        return super().prefill(prompts)
+        return first
 
     def accept(self, logits, tree, width, positions):
         path, num_accepted, emitted = super().accept(logits, tree, width, positions)
-        last = num_accepted[:, None]                                                  # [1, 1]
-        p = rows(logits, path.gather(1, last)).float().softmax(-1)                    # [1, 1, V]
-        self.certainty.copy_(p[:, 0].gather(1, emitted.gather(1, last))[:, 0])
+        p = rows(logits, path.gather(1, num_accepted[:, None]))[0, 0].float().softmax(-1)             # [V]
+        self.certainty.copy_(p[emitted[0, num_accepted]])
         return path, num_accepted, emitted
 
     def tell(self):

@@ -140,7 +140,7 @@ def test_sampled_tokens_are_the_targets():
 
 
 def looking(drafted, probability, certainty=0.5):
-    """An observation after some levels, all of whose nodes have this probability; certainty: the target's, of the root."""
+    """What is seen after some levels whose nodes all have this probability; certainty: the target's, of the root."""
     seen = np.full(WIDTH, probability)
     seen[:6] = drafted / SPACE.depth, 0.1, 0, certainty, 0, 0
     return seen
@@ -155,8 +155,8 @@ def test_rule_at_the_extremes():
 
 
 def test_rule_leaves_hopeless_drafts_out_and_comes_back():
-    """Cycles that bring nothing become rare, doubling up to the longest wait; ones that pay end that. Roots of which the
-    target was sure are another matter."""
+    """Cycles that bring nothing become rare, doubling up to the longest wait; ones that pay end that. Roots of which
+    the target was sure are another matter."""
     rule, looks = Rule(PARTS), []
     for cycle in range(100):
         if not rule.stop(looking(0, 0.0, certainty=0.01)):
@@ -294,7 +294,7 @@ def test_the_program(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gto.ltd", "--device", "cpu"])
     ltd.main()
     lines = Path("out/ltd.md").read_text()
-    assert all(f"| out/{head}.pt | {T} | {way}" in lines for T, head, way in itertools.product((0, 1), ("draft", "gto"), (
+    assert all(f"| out/{head}.pt | {T} | {way}" in lines for T in (0, 1) for head in ("draft", "gto") for way in (
         "plain", "best fixed tree, ", "entropy |", "running mean of acceptances (GammaTune) |", "rule |", "LTD |",
-        "oracle |")))
+        "oracle |"))
     assert load_policy(policy_path("out/gto.pt"))[0].space.depth == SPACE.depth

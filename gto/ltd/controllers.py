@@ -1,4 +1,4 @@
-"""How others decide when to stop drafting, to compare with: by a number and a threshold. The size is always the same."""
+"""How others decide when to stop drafting, to compare with: by a number and a threshold. They verify a fixed size."""
 from itertools import product
 
 from torch.distributions import Categorical
