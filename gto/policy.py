@@ -41,19 +41,17 @@ def observe(known, draft, space):
     descending, 0 where there are none.
     known, numpy [B, 5]: tokens in the target's cache, in thousands; the temperature; the target's probability of the
     root; the two of `Echo.read`, the second being a token, of which one sees the head's probability. draft: or None."""
-    nothing, levels = np.zeros((len(known), space.sizes[-1])), 0
-    newest = every = echoed = nothing[:, :0]
+    top_k, most = space.top_k, space.sizes[-1]
+    seen = np.zeros((len(known), 6 + top_k + most), np.float32)                       # filled in place: it must be fast
+    seen[:, 1:5] = known[:, :4]
     if draft:
-        every, levels = torch.cat(draft.scores, dim=1).exp().cpu().numpy(), len(draft.scores)         # [B, C]
-        newest = every[:, -draft.scores[-1].shape[1]:]
-        echoed = every[:, :space.top_k] * (draft.tokens[0].cpu().numpy() == known[:, 4:])
-
-    def best(p, count):
-        return -np.sort(-np.concatenate([p, nothing], 1), 1)[:, :count]
-
-    seen = [nothing[:, :1] + levels / space.depth, known[:, :4], echoed.sum(1, keepdims=True),
-            best(newest, space.top_k), best(every, space.sizes[-1])]
-    return torch.from_numpy(np.concatenate(seen, 1, dtype=np.float32))
+        every, newest = torch.cat(draft.scores, dim=1).exp().cpu().numpy(), draft.scores[-1].shape[1]  # [B, C]
+        seen[:, 0] = len(draft.scores) / space.depth
+        seen[:, 5] = (every[:, :top_k] * (draft.tokens[0].cpu().numpy() == known[:, 4:])).sum(1)
+        for at, p, count in (6, every[:, -newest:], top_k), (6 + top_k, every, most):
+            best = np.sort(p, axis=1)[:, ::-1][:, :count]
+            seen[:, at:at + best.shape[1]] = best
+    return torch.from_numpy(seen)
 
 
 class Echo:
@@ -73,10 +71,12 @@ class Echo:
 
 
 class Costs(NamedTuple):
-    """Seconds of a cycle's parts: a cycle takes draft[levels] + verify[size]; one of plain decoding, verify[0]."""
+    """Seconds of a cycle's parts: it takes draft[levels] + verify[size], and if a policy decides, look[levels] besides;
+    one of plain decoding, verify[0]."""
     space: Space
-    draft: np.ndarray     # [depth + 1] to draft 0, 1, 2, .. levels and to look at each
+    draft: np.ndarray     # [depth + 1] to draft 0, 1, 2, .. levels
     verify: np.ndarray    # [sizes]
+    look: np.ndarray      # [depth + 1] to look before the draft, and at each level
 
 
 class Fixed:
@@ -109,7 +109,8 @@ class Rule:
     def __init__(self, costs):
         self.space, self.costs, self.sizes = costs.space, costs, list(costs.space.sizes)
         node = (costs.verify[-1] - costs.verify[0]) / self.sizes[-1]
-        self.level_cost = [*np.diff(costs.draft) + 2 * node, float("inf")]            # of another level, with two nodes
+        self.draft = costs.draft + costs.look
+        self.level_cost = [*np.diff(self.draft) + 2 * node, float("inf")]             # of another level, with two nodes
         self.trust = np.full(2, 2.0)                                                  # accepted, promised
         self.speed = 20 * np.stack([[*np.linspace(1, 1.4, 5), 1], np.full(6, costs.verify[0])])    # tokens, seconds
         self.wait, self.patience, self.cycle = np.zeros(5), np.ones(5), None          # by kind, as speed[:, :5]
@@ -137,7 +138,7 @@ class Rule:
     def size(self, seen):
         seen = np.asarray(seen)
         promised = np.append(0, seen[6 + self.space.top_k:].cumsum())[self.sizes]     # [sizes]
-        cost = self.costs.draft[round(float(seen[0] * self.space.depth))] + self.costs.verify
+        cost = self.draft[round(float(seen[0] * self.space.depth))] + self.costs.verify
         size = int((self.trust[0] / self.trust[1] * promised - cost * self.rate()).argmax())
         self.cycle = promised[size], cost[size]
         return size
@@ -252,10 +253,11 @@ def measure(target, head, space, rounds=12, context=128):
             engine.num_accepted.fill_(1)
             engine.step()
     took = {key: median(seconds[1:]) for key, seconds in times.items()}               # the first warmed up
-    drafted = np.cumsum([took["draft", depth] + took[depth] for depth in levels])
+    drafted = np.cumsum([took["draft", depth] for depth in levels])
     draft = np.append(0, np.polyval(np.polyfit(levels, drafted, 1), levels))          # each level costs the same,
     verify = [took["verify", *each] for each in zip(filled, space.sizes)]             # and a larger size no less
-    return Costs(space, draft, np.minimum.accumulate(verify[::-1])[::-1])
+    look = np.cumsum([took[depth] for depth in (0, *levels)])
+    return Costs(space, draft, np.minimum.accumulate(verify[::-1])[::-1], look)
 
 
 def costs_here(folder, target, head, space=None):
@@ -267,11 +269,12 @@ def costs_here(folder, target, head, space=None):
     try:
         kept = json.loads(path.read_text())
         if kept["about"] == about:
-            return Costs(space, *(np.array(kept[part], dtype=float) for part in ("levels", "sizes")))
+            return Costs(space, *(np.array(kept[part], dtype=float) for part in Costs._fields[1:]))
     except (OSError, ValueError, LookupError, TypeError):
         pass                                                                          # there is none, or it is damaged
     costs = measure(target, head, space)
-    write_whole(path, json.dumps({"about": about, "levels": costs.draft.tolist(), "sizes": costs.verify.tolist()}))
+    parts = {part: getattr(costs, part).tolist() for part in Costs._fields[1:]}
+    write_whole(path, json.dumps({"about": about, **parts}))
     return costs
 
 

@@ -1,4 +1,5 @@
 """How others decide when to stop drafting, to compare with: by a number and a threshold. They verify a fixed size."""
+from functools import partial
 from itertools import product
 
 from torch.distributions import Categorical
@@ -34,10 +35,7 @@ class RunningMean(Threshold):
 
 def tuned(recording, costs):
     """-> {name: a function of nothing that makes the controller with the size and threshold that replay fastest}"""
-    def make(kind, name, numbers):
-        return lambda: kind(name, costs.space, *numbers)
-
-    numbers = list(product(range(2, len(costs.space.sizes)), (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)))
-    return {name: max((make(kind, name, each) for each in numbers),
+    numbers = list(product(range(2, len(costs.space.sizes), 2), (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)))
+    return {name: max((partial(kind, name, costs.space, *each) for each in numbers),
                       key=lambda made: drive(made(), recording, costs).rate)
             for kind in (Threshold, RunningMean) for name in kind.signals}

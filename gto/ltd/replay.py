@@ -1,5 +1,6 @@
 """Decode once, replay every decision: what any choice of depth and size would have brought and cost.
 At T=0 texts and drafts are deterministic: a draft at *every* position says what any policy would decode."""
+from copy import deepcopy
 from statistics import median
 from timeit import repeat
 from typing import NamedTuple
@@ -57,16 +58,17 @@ def what_is_known(target, hidden, tokens, length, T):
 
 
 def seconds_by_choice(costs, policy=None):
-    """Seconds of a cycle [levels, sizes], a policy's answers included. A size that is not filled costs the same."""
+    """Seconds of a cycle [levels, sizes] by a policy, which looks and answers; None or Fixed: one that need not. A size
+    that is not filled costs the same."""
     seconds = torch.tensor(costs.draft[:, None] + costs.verify).float()
     seconds[0] = costs.verify[0]                                                      # plain decoding, of whatever size
-    if policy is None:
+    if policy is None or type(policy) is Fixed:
         return seconds
-    seen = torch.rand(policy.width)
+    seen = torch.cat([torch.ones(1) / costs.space.depth, torch.rand(5 + costs.space.top_k + costs.space.sizes[-1])])
     with torch.inference_mode():                                                      # as in decoding
         stop, size = (median(repeat(lambda: ask(seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
     asked = torch.arange(len(seconds))
-    return seconds + (stop * (asked + 1) + size * (asked > 0))[:, None]
+    return seconds + (torch.tensor(costs.look).float() + stop * (asked + 1) + size * (asked > 0))[:, None]
 
 
 class Replayed(NamedTuple):
@@ -100,10 +102,10 @@ def walk(recording, cycle):
 
 def drive(policy, recording, costs):
     """Decode by a policy that learns as it goes. -> Replayed"""
-    seconds = seconds_by_choice(costs).tolist()
+    seconds, last = seconds_by_choice(costs, deepcopy(policy)).tolist(), costs.space.depth
 
     def cycle(root):
-        seen, last = recording.observation[root], costs.space.depth
+        seen = recording.observation[root]
         level = next(i for i in range(last + 1) if i == last or policy.stop(seen[i]))
         size = int(policy.size(seen[level])) if level else 0
         accepted = int(recording.accepted[root, level, size])

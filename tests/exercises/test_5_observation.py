@@ -70,7 +70,7 @@ def test_the_gain_of_the_newest_level(sizes):
 
 
 def test_both_policies_take_it():
-    costs = Costs(SPACE, 0.2 * np.arange(5), 1 + 0.05 * np.array(SPACE.sizes))
+    costs = Costs(SPACE, 0.2 * np.arange(5), 1 + 0.05 * np.array(SPACE.sizes), np.zeros(5))
     rule, learned = Rule(costs), Learned(SPACE, 8)
     for levels in range(1, 5):
         seen = observed(random_scores(6, levels, 3, seed=0), np.full((6, 5), 0.5), SPACE)
