@@ -100,6 +100,7 @@ def walk(recording, cycle):
     return Replayed(tokens, seconds, roots)
 
 
+@torch.no_grad()
 def drive(policy, recording, costs):
     """Decode by a policy that learns as it goes. -> Replayed"""
     seconds, last = seconds_by_choice(costs, deepcopy(policy)).tolist(), costs.space.depth
