@@ -33,6 +33,7 @@ class Space:
 
 # On a CPU small trees win, or none: one token alone is much cheaper than two. On a GPU dozens of nodes cost little.
 SPACES = {"cpu": Space(4, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)), "cuda": Space(10, 8, (0, 8, 16, 32, 48, 64))}
+FIRST = 6    # columns of an observation before its probabilities, see `observe`
 
 
 def observe(known, draft, space):
@@ -42,13 +43,13 @@ def observe(known, draft, space):
     known, numpy [B, 5]: tokens in the target's cache, in thousands; the temperature; the target's probability of the
     root; the two of `Echo.read`, the second being a token, of which one sees the head's probability. draft: or None."""
     top_k, most = space.top_k, space.sizes[-1]
-    seen = np.zeros((len(known), 6 + top_k + most), np.float32)                       # filled in place: it must be fast
+    seen = np.zeros((len(known), FIRST + top_k + most), np.float32)                   # filled in place: it must be fast
     seen[:, 1:5] = known[:, :4]
     if draft:
         every, newest = torch.cat(draft.scores, dim=1).exp().cpu().numpy(), draft.scores[-1].shape[1]  # [B, C]
         seen[:, 0] = len(draft.scores) / space.depth
         seen[:, 5] = (every[:, :top_k] * (draft.tokens[0].cpu().numpy() == known[:, 4:])).sum(1)
-        for at, p, count in (6, every[:, -newest:], top_k), (6 + top_k, every, most):
+        for at, p, count in (FIRST, every[:, -newest:], top_k), (FIRST + top_k, every, most):
             best = np.sort(p, axis=1)[:, ::-1][:, :count]
             seen[:, at:at + best.shape[1]] = best
     return torch.from_numpy(seen)
@@ -130,14 +131,14 @@ class Rule:
             return waits
         # A path of probability p lost a factor of p^(1/level) a level. The next level's promise lies between that of
         # the frontier's best node and that of all its nodes; it must be trusted twice, as it stands on this level's.
-        best, frontier = seen[6], seen[6:6 + self.space.top_k].sum()
+        best, frontier = seen[FIRST], seen[FIRST:FIRST + self.space.top_k].sum()
         promised = (best ** (1 + 1 / drafted) + frontier ** (1 + 1 / drafted)) / 2
         gain = (self.trust[0] / self.trust[1]) ** 2 * promised
         return gain < self.level_cost[drafted] * self.rate()
 
     def size(self, seen):
         seen = np.asarray(seen)
-        promised = np.append(0, seen[6 + self.space.top_k:].cumsum())[self.sizes]     # [sizes]
+        promised = np.append(0, seen[FIRST + self.space.top_k:].cumsum())[self.sizes]      # [sizes]
         cost = self.draft[round(float(seen[0] * self.space.depth))] + self.costs.verify
         size = int((self.trust[0] / self.trust[1] * promised - cost * self.rate()).argmax())
         self.cycle = promised[size], cost[size]

@@ -12,7 +12,6 @@ from gto.bench.ablate import TargetAsHead, ceilings
 from gto.config import Config
 from gto.engine import Engine
 from gto.evaluate import fixed_text, tau, timed
-from gto.loss import gto_objective
 from gto.model import Prefix
 from gto.rollout import target_forward
 from gto.page import path_log_prob
@@ -20,7 +19,6 @@ from gto.tree import TreeShape, draft_candidates
 from gto.util import UserError, append_log
 from gto.verify import Sampling
 from tests.test_bench import write_run
-from tests.test_loss import CONFIG, batch_of, moved, text_of
 from tests.tiny import tiny_models, tiny_prompts
 
 SHAPE = TreeShape(3, 4, 9)

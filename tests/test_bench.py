@@ -1,13 +1,12 @@
 """The benchmark: its counters against independent recounts, its conversations, and what it says to bad input."""
 import json
-from functools import partial
 
 import pytest
 import torch
 
 from gto import checkpoint
 from gto.bench import __main__ as bench
-from gto.engine import Engine, cut
+from gto.engine import Engine
 from gto.evaluate import Decoded, FixedText, accepted_path, diagnosis, timed
 from gto.released import chat
 from gto.rollout import target_forward

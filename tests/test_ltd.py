@@ -20,7 +20,6 @@ from gto.ltd import __main__ as ltd, ppo
 from gto.ltd.ppo import Learned, load_policy, save_policy
 from gto.ltd.replay import Recording, best_fixed, decide, drive, oracle, record, replay, seconds_by_choice
 from gto.policy import AdaptiveEngine, Costs, Echo, Fixed, Rule, Space, costs_here, policy_path
-from gto.tree import TreeShape
 from gto.verify import Sampling
 from tests.test_engine import GraphsOnCpu
 from tests.tiny import tiny_models, tiny_prompts

@@ -5,7 +5,7 @@ from itertools import product
 from torch.distributions import Categorical
 
 from gto.ltd.replay import drive
-from gto.policy import Fixed
+from gto.policy import FIRST, Fixed
 
 
 class Threshold(Fixed):
@@ -19,7 +19,7 @@ class Threshold(Fixed):
         self.signal, self.least = self.signals[name], least
 
     def stop(self, seen):
-        return (seen[..., 0] > 0) & (self.signal(seen[..., 6:6 + self.space.top_k]) < self.least)
+        return (seen[..., 0] > 0) & (self.signal(seen[..., FIRST:FIRST + self.space.top_k]) < self.least)
 
 
 class RunningMean(Threshold):

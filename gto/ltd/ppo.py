@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gto.checkpoint import read, save
 from gto.ltd.replay import decide, replay
-from gto.policy import Fixed, Space
+from gto.policy import FIRST, Fixed, Space
 from gto.util import reading
 
 UPDATES, BUFFER, EVERY = 150, 2048, 10     # updates, of as many cycles; updates between looks at the speed
@@ -31,7 +31,7 @@ class Learned(nn.Module):
 
     def __init__(self, space, hidden):
         super().__init__()
-        self.space, self.hidden, self.width = space, hidden, 6 + space.top_k + space.sizes[-1]
+        self.space, self.hidden, self.width = space, hidden, FIRST + space.top_k + space.sizes[-1]
         self.depth_actor = mlp(self.width, hidden, 2)                                 # go on, stop
         self.size_actor = mlp(self.width, hidden, hidden // 4, len(space.sizes))
 

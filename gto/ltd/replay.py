@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gto.evaluate import fixed_text
 from gto.model import Prefix
-from gto.policy import Echo, Fixed, observe
+from gto.policy import FIRST, Echo, Fixed, observe
 from gto.tree import expand, first_level, score_temperature
 
 
@@ -64,7 +64,7 @@ def seconds_by_choice(costs, policy=None):
     seconds[0] = costs.verify[0]                                                      # plain decoding, of whatever size
     if policy is None or type(policy) is Fixed:
         return seconds
-    seen = torch.cat([torch.ones(1) / costs.space.depth, torch.rand(5 + costs.space.top_k + costs.space.sizes[-1])])
+    seen = F.pad(torch.rand(FIRST - 1 + costs.space.top_k + costs.space.sizes[-1]), (1, 0), value=1 / costs.space.depth)
     with torch.inference_mode():                                                      # as in decoding
         stop, size = (median(repeat(lambda: ask(seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
     asked = torch.arange(len(seconds))
