@@ -18,7 +18,7 @@ def main():
     out = args.out or f"data/{'input' if args.input else args.dataset}"
     meta = prepare(out, args.dataset, args.input, args.vocab_size, args.tokenizer)
     print(f"{out}: {meta['train_tokens']:,} tokens of {meta['train_documents']} documents to train on,"
-          f" {meta['val_tokens']:,} of {meta['val_documents']} to validate, vocabulary {meta['vocab_size']:,}")
+          f" {meta['held_out_documents']} held out, of which prompts are cut, vocabulary {meta['vocab_size']:,}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """From documents to batches: collect them, split them by file, encode them, and serve training windows.
-A data directory holds train.bin and val.bin (flat token ids, the end-of-text token behind each document), the
+A data directory holds train.bin (flat token ids, the end-of-text token behind each document), the
 tokenizer.model, prompts.jsonl (like MT-bench's question.jsonl), and meta.json, written last: then it is complete."""
 import hashlib
 import json
@@ -150,14 +150,13 @@ def prepare(out, dataset="stdlib", inputs=None, vocab_size=DEFAULT_VOCAB_SIZE, t
         encoding = make_encoding("trained here", LLAMA3_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
     meta = save_tokenizer(out / "tokenizer.model", encoding)
     meta |= {"dataset": "input" if inputs else dataset, "dtype": "uint16" if encoding.n_vocab < 65536 else "uint32"}
-    for side, documents in ("train", train), ("val", val):
-        parts = []
-        for _, text in tqdm(documents, "encode", unit="doc", disable=None):
-            ids = [token for piece in PIECE.findall(text) for token in encoding.encode_ordinary(piece)]
-            parts.append(np.array([*ids, meta["eot_id"]], dtype=meta["dtype"]))
-        tokens = np.concatenate(parts)
-        write_whole(out / f"{side}.bin", tokens)
-        meta |= {f"{side}_documents": len(documents), f"{side}_tokens": len(tokens)}
+    parts = []
+    for _, text in tqdm(train, "encode", unit="doc", disable=None):
+        ids = [token for piece in PIECE.findall(text) for token in encoding.encode_ordinary(piece)]
+        parts.append(np.array([*ids, meta["eot_id"]], dtype=meta["dtype"]))
+    tokens = np.concatenate(parts)
+    write_whole(out / "train.bin", tokens)
+    meta |= {"train_documents": len(train), "train_tokens": len(tokens), "held_out_documents": len(val)}
     write_whole(out / "prompts.jsonl", "".join(json.dumps(r) + "\n" for r in cut_prompts(val)))
     write_whole(out / "meta.json", json.dumps(meta, indent=1))
     return meta
@@ -170,23 +169,21 @@ class Corpus:
         self.directory, meta = directory, read_own_meta(directory) or {}
         with reading(f"{directory}, which python prepare_data.py --out {directory} writes,"):
             self.vocab_size, self.eot_id = meta["vocab_size"], meta["eot_id"]
-            self.tokens = {side: np.memmap(f"{directory}/{side}.bin", meta["dtype"], "r") for side in ("train", "val")}
-            for side, tokens in self.tokens.items():              # [tokens]
-                if len(tokens) != meta[f"{side}_tokens"] or tokens.max() >= self.vocab_size:
-                    raise UserError("it is only a part, or of another vocabulary")
+            self.tokens = np.memmap(f"{directory}/train.bin", meta["dtype"], "r")     # [tokens]
+            if len(self.tokens) != meta["train_tokens"] or self.tokens.max() >= self.vocab_size:
+                raise UserError("it is only a part, or of another vocabulary")
         self.encoding, self.prompts = load_encoding(directory), read_prompts(Path(directory, "prompts.jsonl"))
 
     def prompt_ids(self, limit=None):
         """The first PROMPT tokens of the held-out prompts, a list of ids each."""
         return [self.encoding.encode_ordinary(turns[0])[:PROMPT] for turns in self.prompts[:limit]]
 
-    def batch(self, side, step, batch_size, length, seed=0):
-        """Windows of "train" or "val", int64 [batch_size, length + 1], inputs and targets; pure in (seed, step)."""
-        tokens = self.tokens[side]
-        if len(tokens) <= length:
-            raise UserError(f"{self.directory} has {len(tokens)} {side} tokens, a window {length + 1}: add more text")
-        starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, batch_size)     # [B]
-        return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+    def batch(self, step, batch_size, length, seed=0):
+        """Windows of the text, int64 [batch_size, length + 1], inputs and targets; pure in (seed, step)."""
+        if (room := len(self.tokens) - length) <= 0:
+            raise UserError(f"{self.directory} has {len(self.tokens)} tokens, a window {length + 1}: add more text")
+        starts = np.random.default_rng((seed, step)).integers(0, room, batch_size)    # [B]
+        return torch.from_numpy(self.tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
 
 
 def ensure_data(directory, dataset, vocab_size):

@@ -155,20 +155,18 @@ def test_sentencepiece_goldens(tmp_path):
     assert corpus.eot_id == golden["eos"] and corpus.encoding.encode_ordinary("hi") == hi
 
 
-def test_every_document_comes_back_on_one_side(folder):
+def test_every_document_to_train_on_comes_back(folder):
     corpus = Corpus(folder)
-    for side, documents in zip(("train", "val"), sides()):
-        tokens = corpus.tokens[side].tolist()
-        assert tokens[-1] == corpus.eot_id and tokens.count(corpus.eot_id) == len(documents) > 0
-        joined = corpus.encoding.decode(tokens)
-        assert joined == "".join(text + "<|end_of_text|>" for text in documents.values())
-    assert read_own_meta(folder)["dtype"] == "uint16" and corpus.tokens["train"].dtype == np.uint16
+    tokens, (documents, held_out) = corpus.tokens.tolist(), sides()
+    assert tokens[-1] == corpus.eot_id and tokens.count(corpus.eot_id) == len(documents) > len(held_out) > 0
+    assert corpus.encoding.decode(tokens) == "".join(text + "<|end_of_text|>" for text in documents.values())
+    assert read_own_meta(folder)["dtype"] == "uint16" and corpus.tokens.dtype == np.uint16
 
 
 def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
     prepare(tmp_path, inputs=INPUTS, vocab_size=512)
     first, again = ({path.name: path.read_bytes() for path in Path(out).iterdir()} for out in (folder, tmp_path))
-    assert first == again and first.keys() == {"meta.json", "prompts.jsonl", "tokenizer.model", "train.bin", "val.bin"}
+    assert first == again and first.keys() == {"meta.json", "prompts.jsonl", "tokenizer.model", "train.bin"}
 
 
 def test_split_is_by_name_alone():
@@ -198,16 +196,16 @@ def test_prompts_are_held_out_and_varied(folder):
 
 def test_batches_are_windows_and_depend_on_seed_and_step_only(folder):
     corpus = Corpus(folder)
-    batch = corpus.batch("train", step=7, batch_size=16, length=32, seed=3)
+    batch = corpus.batch(step=7, batch_size=16, length=32, seed=3)
     assert batch.shape == (16, 33) and str(batch.dtype) == "torch.int64"
-    assert batch.equal(Corpus(folder).batch("train", 7, 16, 32, 3))
-    assert not batch.equal(corpus.batch("train", 8, 16, 32, 3)) and not batch.equal(corpus.batch("train", 7, 16, 32, 4))
-    stream = corpus.tokens["train"].tobytes()
+    assert batch.equal(Corpus(folder).batch(7, 16, 32, 3))
+    assert not batch.equal(corpus.batch(8, 16, 32, 3)) and not batch.equal(corpus.batch(7, 16, 32, 4))
+    stream = corpus.tokens.tobytes()
     assert all(row.numpy().astype(np.uint16).tobytes() in stream for row in batch)
-    size = len(corpus.tokens["val"])
-    assert corpus.batch("val", 0, 2, size - 1)[1].tolist() == corpus.tokens["val"].tolist()    # the only window
+    size = len(corpus.tokens)
+    assert corpus.batch(0, 2, size - 1)[1].tolist() == corpus.tokens.tolist()         # the only window
     with pytest.raises(UserError, match="a window"):
-        corpus.batch("val", 0, 2, size)
+        corpus.batch(0, 2, size)
 
 
 def test_missing_data_is_prepared_from_the_standard_library(tmp_path, monkeypatch):
@@ -215,11 +213,11 @@ def test_missing_data_is_prepared_from_the_standard_library(tmp_path, monkeypatc
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": INPUTS[0]})        # a part of it: all takes seconds
     ensure_data(tmp_path / "new", "stdlib", 300)
     corpus = Corpus(tmp_path / "new")
-    assert corpus.vocab_size == 300 and len(corpus.tokens["val"]) > 1000
+    assert corpus.vocab_size == 300 and len(corpus.tokens) > 1000
     assert read_own_meta(tmp_path / "new")["dataset"] == "stdlib"
     with pytest.raises(UserError, match="300, not 400"):
         ensure_data(tmp_path / "new", "stdlib", 400)
-    os.truncate(tmp_path / "new" / "val.bin", 1000)
+    os.truncate(tmp_path / "new" / "train.bin", 1000)
     with pytest.raises(UserError, match="only a part"):
         ensure_data(tmp_path / "new", "stdlib", 300)
 
