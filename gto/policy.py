@@ -4,10 +4,11 @@ The output stays the target's: verification is lossless whatever the tree, as no
 import itertools
 import json
 import platform
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
+from math import exp
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from gto.engine import Engine
 from gto.model import Prefix
-from gto.tree import TreeShape, expand, rows
+from gto.tree import TreeShape, expand
 from gto.util import synchronize, write_whole
 
 
@@ -25,6 +26,7 @@ class Space:
     top_k: int
     depth: int
     sizes: tuple     # drafted nodes to verify, ascending; 0: only the root. Each is a fixed shape, fit for a CUDA graph
+    every: int = 1   # levels from question to question, of which `depth` is a multiple: a GPU has to wait for an answer
 
     def nodes(self, depth, size):
         """Nodes kept of a draft of `depth` levels when size number `size` is chosen: never more than were drafted."""
@@ -32,27 +34,26 @@ class Space:
 
 
 # On a CPU small trees win, or none: one token alone is much cheaper than two. On a GPU dozens of nodes cost little.
-SPACES = {"cpu": Space(4, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)), "cuda": Space(10, 8, (0, 8, 16, 32, 48, 64))}
+SPACES = {"cpu": Space(4, 8, (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)), "cuda": Space(10, 8, (0, 8, 16, 32, 48, 64), every=2)}
 FIRST = 6    # columns of an observation before its probabilities, see `observe`
 
 
 def observe(known, draft, space):
-    """What a policy sees, torch float32 [B, width]: levels drafted / depth; what is known before the draft; the
+    """What a policy sees of B drafts, B lists of floats: levels drafted / depth; what is known before the draft; the
     probabilities of the newest level's top_k best nodes (the frontier), descending; of the best nodes of all levels,
-    descending, 0 where there are none.
-    known, numpy [B, 5]: tokens in the target's cache, in thousands; the temperature; the target's probability of the
-    root; the two of `Echo.read`, the second being a token, of which one sees the head's probability. draft: or None."""
+    descending, 0 where there are none. (Plain Python: for one draft a dozen calls of numpy take three times as long.)
+    known: B times tokens in the target's cache, in thousands; the temperature; the target's probability of the root;
+    the two of `Echo.read`, the second being a token, of which one sees the head's probability. draft: or None."""
     top_k, most = space.top_k, space.sizes[-1]
-    seen = np.zeros((len(known), FIRST + top_k + most), np.float32)                   # filled in place: it must be fast
-    seen[:, 1:5] = known[:, :4]
-    if draft:
-        every, newest = torch.cat(draft.scores, dim=1).exp().cpu().numpy(), draft.scores[-1].shape[1]  # [B, C]
-        seen[:, 0] = len(draft.scores) / space.depth
-        seen[:, 5] = (every[:, :top_k] * (draft.tokens[0].cpu().numpy() == known[:, 4:])).sum(1)
-        for at, p, count in (FIRST, every[:, -newest:], top_k), (FIRST + top_k, every, most):
-            best = np.sort(p, axis=1)[:, ::-1][:, :count]
-            seen[:, at:at + best.shape[1]] = best
-    return torch.from_numpy(seen)
+    if draft is None:
+        return [[0.0, *each[:4], *[0.0] * (1 + top_k + most)] for each in known]
+    levels, newest, seen = len(draft.scores) / space.depth, draft.scores[-1].shape[1], []
+    for each, scores, tokens in zip(known, torch.cat(draft.scores, dim=1).tolist(), draft.tokens[0].tolist()):
+        echoed = sum(exp(score) for score, token in zip(scores, tokens) if token == each[4])
+        frontier, best = (sorted(some, reverse=True) for some in (scores[-newest:], scores))
+        seen.append([levels, *each[:4], echoed, *map(exp, frontier[:top_k]), *map(exp, best[:most]),
+                     *[0.0] * (most - len(best))])
+    return seen
 
 
 class Echo:
@@ -77,22 +78,22 @@ class Costs(NamedTuple):
     space: Space
     draft: np.ndarray     # [depth + 1] to draft 0, 1, 2, .. levels
     verify: np.ndarray    # [sizes]
-    look: np.ndarray      # [depth + 1] to look before the draft, and at each level
+    look: np.ndarray      # [depth + 1] to look, and decide, before the draft and at each level so far
 
 
 class Fixed:
-    """The same depth and size in every cycle; depth 0: plain decoding. Policies answer two questions of observations
-    [.., width]: draft no further, or not at all? -> [..] bool; how many nodes to verify? -> [..], an index into
-    `space.sizes`. And are told how many drafts a cycle accepted."""
+    """The same depth and size in every cycle; depth 0: plain decoding. Policies answer two questions of an observation:
+    draft no further, or not at all? how many nodes to verify, as an index into `space.sizes`? (All but `Rule` also of
+    tensors of them, [.., width] -> [..].) And are told how many drafts a cycle accepted."""
 
     def __init__(self, space, depth, size):
         self.space, self.depth, self.choice, self.nodes = space, depth, size, space.nodes(depth, size)
 
     def stop(self, seen):
-        return (seen[..., 0] * self.space.depth).round() >= self.depth
+        return (torch.as_tensor(seen)[..., 0] * self.space.depth).round() >= self.depth
 
     def size(self, seen):
-        return torch.full(seen.shape[:-1], self.choice)
+        return torch.full(torch.as_tensor(seen).shape[:-1], self.choice)
 
     def learn(self, accepted):
         pass
@@ -104,54 +105,53 @@ class Rule:
     probability times `trust`, what came true of earlier ones. Needs no training.
     Roots are of five kinds, by how sure the target was of them: where it was, it will be. While cycles with drafts
     behind roots of a kind are slower than plain decoding, each doubles the plain ones before the kind's next."""
-    memory, longest_wait = 0.98, 16      # of a cycle ago, in trust and speed; cycles
+    memory, longest_wait = 0.98, 64      # of a cycle ago, in trust and speed; cycles
     borders = 0.05, 0.2, 0.5, 0.8        # of the kinds: the target's probability of the root
 
     def __init__(self, costs):
-        self.space, self.costs, self.sizes = costs.space, costs, list(costs.space.sizes)
-        node = (costs.verify[-1] - costs.verify[0]) / self.sizes[-1]
-        self.draft = costs.draft + costs.look
-        self.level_cost = [*np.diff(self.draft) + 2 * node, float("inf")]             # of another level, with two nodes
-        self.trust = np.full(2, 2.0)                                                  # accepted, promised
-        self.speed = 20 * np.stack([[*np.linspace(1, 1.4, 5), 1], np.full(6, costs.verify[0])])    # tokens, seconds
-        self.wait, self.patience, self.cycle = np.zeros(5), np.ones(5), None          # by kind, as speed[:, :5]
+        self.space, self.draft, self.verify = costs.space, (costs.draft + costs.look).tolist(), costs.verify.tolist()
+        self.node = (self.verify[-1] - self.verify[0]) / self.space.sizes[-1]
+        self.accepted, self.promised = 2.0, 2.0
+        self.speed = [[20 * tokens, 20 * self.verify[0]] for tokens in (1, 1.1, 1.2, 1.3, 1.4, 1)]   # tokens, seconds
+        self.wait, self.patience, self.cycle = [0] * 5, [1] * 5, None                # by kind, as speed but its last
 
     def rate(self):
         """Tokens a second that time is worth: what drafting makes of it, or plain decoding would."""
-        return max(self.speed[0, 5] / self.speed[1, 5], 1 / self.costs.verify[0])
+        return max(self.speed[-1][0] / self.speed[-1][1], 1 / self.verify[0])
 
     def stop(self, seen):
-        """seen [width] of one draft."""
-        seen = np.asarray(seen)
-        drafted = round(float(seen[0] * self.space.depth))
+        drafted = round(seen[0] * self.space.depth)
         if drafted == 0:
-            self.cycle, self.kind = None, np.searchsorted(self.borders, seen[3])
+            self.cycle, self.kind = None, bisect_left(self.borders, seen[3])
             waits = self.wait[self.kind] > 0
             self.wait[self.kind] -= waits
             return waits
         # A path of probability p lost a factor of p^(1/level) a level. The next level's promise lies between that of
         # the frontier's best node and that of all its nodes; it must be trusted twice, as it stands on this level's.
-        best, frontier = seen[FIRST], seen[FIRST:FIRST + self.space.top_k].sum()
-        promised = (best ** (1 + 1 / drafted) + frontier ** (1 + 1 / drafted)) / 2
-        gain = (self.trust[0] / self.trust[1]) ** 2 * promised
-        return gain < self.level_cost[drafted] * self.rate()
+        every, best, frontier = self.space.every, seen[FIRST], sum(seen[FIRST:FIRST + self.space.top_k])
+        powers = [1 + level / drafted for level in range(1, every + 1)]
+        promised = sum(best ** power + frontier ** power for power in powers) / 2
+        seconds = self.draft[drafted + every] - self.draft[drafted] + 2 * every * self.node     # two nodes a level
+        return (self.accepted / self.promised) ** 2 * promised < seconds * self.rate()
 
     def size(self, seen):
-        seen = np.asarray(seen)
-        promised = np.append(0, seen[FIRST + self.space.top_k:].cumsum())[self.sizes]      # [sizes]
-        cost = self.draft[round(float(seen[0] * self.space.depth))] + self.costs.verify
-        size = int((self.trust[0] / self.trust[1] * promised - cost * self.rate()).argmax())
-        self.cycle = promised[size], cost[size]
+        promised, sizes = [0.0, *itertools.accumulate(seen[FIRST + self.space.top_k:])], self.space.sizes
+        trust, rate = self.accepted / self.promised, self.rate()
+        worth = [trust * promised[nodes] - seconds * rate for nodes, seconds in zip(sizes, self.verify)]
+        size = worth.index(max(worth))
+        self.cycle = promised[sizes[size]], self.draft[round(seen[0] * self.space.depth)] + self.verify[size]
         return size
 
     def learn(self, accepted):
         if self.cycle is None:                                                        # it waited
             return
         (promised, seconds), kind, memory = self.cycle, self.kind, self.memory
-        self.trust = (1 - memory) * 2 + memory * self.trust + (accepted, promised)
-        for each in kind, 5:
-            self.speed[:, each] = memory * self.speed[:, each] + (accepted + 1, seconds)
-        slow = self.speed[0, kind] * self.costs.verify[0] < self.speed[1, kind]
+        self.accepted = (1 - memory) * 2 + memory * self.accepted + accepted
+        self.promised = (1 - memory) * 2 + memory * self.promised + promised
+        for each in kind, -1:
+            tokens, took = self.speed[each]
+            self.speed[each] = [memory * tokens + accepted + 1, memory * took + seconds]
+        slow = self.speed[kind][0] * self.verify[0] < self.speed[kind][1]
         self.wait[kind] = self.patience[kind] if slow else 0
         self.patience[kind] = min(2 * self.patience[kind], self.longest_wait) if slow else 1
 
@@ -178,8 +178,8 @@ class AdaptiveEngine(Engine):
 
     def accept(self, logits, tree, width, positions):
         path, num_accepted, emitted = super().accept(logits, tree, width, positions)
-        p = rows(logits, path.gather(1, num_accepted[:, None]))[0, 0].float().softmax(-1)             # [V]
-        self.certainty.copy_(p[emitted[0, num_accepted]])
+        p = logits[0, path[0, num_accepted]].float().softmax(-1)                      # [1, V]
+        self.certainty.copy_(p[0, emitted[0, num_accepted]])
         return path, num_accepted, emitted
 
     def tell(self):
@@ -196,9 +196,9 @@ class AdaptiveEngine(Engine):
         """As the policy decides; without a Draft if it decides for plain decoding right away."""
         self.tell()
         self.decided, new = True, int(self.num_accepted) + 1
-        known = np.array([[int(self.length) / 1000, self.sampling.temperature, float(self.certainty),
-                           *self.echo.read(self.emitted[0, :new].tolist())]])
-        if self.policy.stop(self.look(0, known, None)):
+        known = [int(self.length) / 1000, self.sampling.temperature, float(self.certainty),
+                 *self.echo.read(self.emitted[0, :new].tolist())]
+        if self.look(0, known, None)[1]:
             self.unread.append((self.features[:, :new].clone(), self.emitted[:, :new].clone()))
             return self.root(), None, 0
         if self.unread:
@@ -209,20 +209,23 @@ class AdaptiveEngine(Engine):
         root, draft = self.run(("draft", 1), lambda: self.begin(
             int(self.num_accepted) + 1 if self.device.type == "cpu" else None))
         for depth in range(1, space.depth + 1):
-            seen = self.look(depth, known, draft)
-            if depth == space.depth or self.policy.stop(seen):
-                break
+            if depth % space.every == 0:
+                seen, stops = self.look(depth, known, draft)
+                if stops:
+                    break
             draft = self.run(("draft", depth + 1), partial(expand, self.head, draft, prefix, self.score_temp))
         return root, draft, space.nodes(depth, int(self.policy.size(seen)))
 
     def look(self, depth, known, draft):
-        return observe(known, draft, self.policy.space)[0]
+        """-> what there is to see; does the policy stop here?"""
+        seen = observe([known], draft, self.policy.space)[0]
+        return seen, depth == self.policy.space.depth or bool(self.policy.stop(seen))
 
     @torch.inference_mode()
     def capture_graphs(self):
         """Take every decision once, before any clock runs: on no text, for the prefill comes after."""
         policy, space = self.policy, self.policy.space
-        for depth, size in itertools.product(range(1, space.depth + 1), range(len(space.sizes))):
+        for depth, size in itertools.product(range(space.every, space.depth + 1, space.every), range(len(space.sizes))):
             self.length.fill_(1)                                   # a root has a token before it
             self.num_accepted.zero_()
             self.policy = Fixed(space, depth, size)
@@ -231,8 +234,8 @@ class AdaptiveEngine(Engine):
 
 
 @torch.inference_mode()
-def measure(target, head, space, rounds=12, context=128):
-    """What the parts of a cycle take here, behind `context` tokens: medians over rounds of all sizes. -> Costs."""
+def measure(target, head, space, rounds=24, context=128):
+    """What the parts of a cycle take here, behind `context` tokens: quartiles over rounds of all sizes. -> Costs."""
     engine, times = AdaptiveEngine(target, head, Fixed(space, space.depth, 0), capacity=context + space.depth + 1), {}
 
     def timed(call):
@@ -245,7 +248,7 @@ def measure(target, head, space, rounds=12, context=128):
 
     engine.run, engine.look = timed(engine.run), timed(engine.look)
     levels = range(1, space.depth + 1)
-    filled = [next(depth for depth in levels if space.nodes(depth, size) == nodes)
+    filled = [next(depth for depth in levels[space.every - 1::space.every] if space.nodes(depth, size) == nodes)
               for size, nodes in enumerate(space.sizes)]                              # levels that a size needs
     for _ in range(rounds):
         for depth, size in [(space.depth, 0), *zip(filled, range(len(filled)))]:
@@ -253,12 +256,12 @@ def measure(target, head, space, rounds=12, context=128):
             engine.length.fill_(context)
             engine.num_accepted.fill_(1)
             engine.step()
-    took = {key: median(seconds[1:]) for key, seconds in times.items()}               # the first warmed up
+    took = {key: np.quantile(seconds, 0.25) for key, seconds in times.items()}        # as undisturbed as most are
     drafted = np.cumsum([took["draft", depth] for depth in levels])
     draft = np.append(0, np.polyval(np.polyfit(levels, drafted, 1), levels))          # each level costs the same,
     verify = [took["verify", *each] for each in zip(filled, space.sizes)]             # and a larger size no less
-    look = np.cumsum([took[depth] for depth in (0, *levels)])
-    return Costs(space, draft, np.minimum.accumulate(verify[::-1])[::-1], look)
+    look = np.cumsum([took.get(depth, 0) for depth in (0, *levels)])
+    return Costs(space, draft, (np.maximum.accumulate(verify) + np.minimum.accumulate(verify[::-1])[::-1]) / 2, look)
 
 
 def costs_here(folder, target, head, space=None):

@@ -2,6 +2,7 @@
 from functools import partial
 from itertools import product
 
+import torch
 from torch.distributions import Categorical
 
 from gto.ltd.replay import drive
@@ -9,17 +10,17 @@ from gto.policy import FIRST, Fixed
 
 
 class Threshold(Fixed):
-    """Drafts on while a signal of the frontier's probabilities [.., top_k] is at least `least`."""
-    signals = {"best path's probability": lambda frontier: frontier[..., 0],
-               "chance that one is accepted (SpecDec++)": lambda frontier: frontier.sum(-1),
-               "entropy": lambda frontier: 0.5 - Categorical(probs=frontier + 1e-9).entropy() / 4}
+    """Drafts on while a signal of the frontier's probabilities, `top_k` of them, is at least `least`."""
+    signals = {"best path's probability": lambda frontier: frontier[0],
+               "chance that one is accepted (SpecDec++)": sum,
+               "entropy": lambda frontier: 0.5 - Categorical(torch.tensor(frontier) + 1e-9).entropy() / 4}
 
     def __init__(self, name, space, size, least):
         super().__init__(space, space.depth, size)
         self.signal, self.least = self.signals[name], least
 
     def stop(self, seen):
-        return (seen[..., 0] > 0) & (self.signal(seen[..., FIRST:FIRST + self.space.top_k]) < self.least)
+        return seen[0] > 0 and self.signal(seen[FIRST:FIRST + self.space.top_k]) < self.least
 
 
 class RunningMean(Threshold):
@@ -27,7 +28,7 @@ class RunningMean(Threshold):
     signals, mean = {"running mean of acceptances (GammaTune)": None}, 1.0
 
     def stop(self, seen):
-        return seen[..., 0] * self.space.depth >= max(self.mean + 4 * self.least, 1)
+        return seen[0] * self.space.depth >= max(self.mean + 4 * self.least, 1)
 
     def learn(self, accepted):
         self.mean += 0.1 * (accepted - self.mean)

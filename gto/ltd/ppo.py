@@ -36,10 +36,10 @@ class Learned(nn.Module):
         self.size_actor = mlp(self.width, hidden, hidden // 4, len(space.sizes))
 
     def stop(self, seen):
-        return self.depth_actor(seen).argmax(-1) == 1
+        return self.depth_actor(torch.as_tensor(seen)).argmax(-1) == 1
 
     def size(self, seen):
-        return self.size_actor(seen).argmax(-1)
+        return self.size_actor(torch.as_tensor(seen)).argmax(-1)
 
     def forward(self, seen):
         """[.., width] -> log-probabilities of the actions: go on, stop [.., 2]; sizes [.., sizes]."""
@@ -63,7 +63,8 @@ def load_policy(path):
 def learn(policy, recordings, seconds):
     """Train a Learned policy in place. seconds [levels, sizes] of a cycle. Time in each recording has its own worth:
     text at T=1 is slower to write than at T=0."""
-    seen, accepted = (torch.cat(x) for x in zip(*(part[1:] for part in recordings)))  # [R, levels, width | sizes]
+    every = policy.space.every
+    seen, accepted = (torch.cat(x)[:, ::every] for x in zip(*(part[1:] for part in recordings)))  # [R, asked, ..]
     optimizer = torch.optim.Adam(policy.parameters(), eps=1e-5)
     for update in tqdm(range(UPDATES), desc="PPO", leave=False):
         if update % EVERY == 0:
@@ -72,7 +73,7 @@ def learn(policy, recordings, seconds):
                               for part, speed in zip(recordings, speeds)])            # or that of plain decoding
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / UPDATES)
         roots = torch.randint(len(seen), (BUFFER,))
-        ppo(policy, optimizer, seen[roots], accepted[roots] + 1 - rate[roots] * seconds)
+        ppo(policy, optimizer, seen[roots], accepted[roots] + 1 - rate[roots] * seconds[::every])
 
 
 def advantages(log_p, reward):

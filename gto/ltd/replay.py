@@ -1,24 +1,20 @@
 """Decode once, replay every decision: what any choice of depth and size would have brought and cost.
 At T=0 texts and drafts are deterministic: a draft at *every* position says what any policy would decode."""
-from copy import deepcopy
-from statistics import median
-from timeit import repeat
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from gto.evaluate import fixed_text
 from gto.model import Prefix
-from gto.policy import FIRST, Echo, Fixed, observe
+from gto.policy import Echo, Fixed, observe
 from gto.tree import expand, first_level, score_temperature
 
 
 class Recording(NamedTuple):
     positions: int              # roots in a text; R of them in all texts, text by text
-    observation: torch.Tensor   # [R, levels, width] what a policy sees before the draft and after each level of it
+    observation: torch.Tensor   # [R, levels, width] what there is to see before the draft and after each level of it
     accepted: torch.Tensor      # [R, levels, sizes] accepted drafts, had one stopped there and verified so many
 
 
@@ -34,7 +30,8 @@ def record(target, head, prompts, positions, space, T=0.0):
         known, prefix = what_is_known(target, fixed.text.hidden[text], tokens, length, T), Prefix(kv, length, rows)
         draft = first_level(head, hidden[rows, length - 1], space.top_k, temperature)
         path, on_path = torch.full_like(steps, -1), []    # [n] the candidate that the text's path has come to
-        observation, accepted = [observe(known, None, space)], [torch.zeros(positions, len(space.sizes)).long()]
+        observation = [torch.tensor(observe(known, None, space))]
+        accepted = [torch.zeros(positions, len(space.sizes)).long()]
         for depth in range(1, space.depth + 1):
             draft = expand(head, draft, prefix, temperature) if depth > 1 else draft
             hit = (draft.parents[-1] == path[:, None] + 1) & (draft.tokens[-1] == tokens[length + depth][:, None])
@@ -42,7 +39,7 @@ def record(target, head, prompts, positions, space, T=0.0):
             on_path.append(hit)                                                       # [n, nodes of the level]
             order = torch.cat(draft.scores, dim=1).sort(dim=1, descending=True, stable=True).indices   # see `rerank`
             found = F.pad(torch.cat(on_path, dim=1).gather(1, order).cumsum(1), (1, 0))   # among the best 0, 1, 2, ..
-            observation.append(observe(known, draft, space))                          # [n, width]
+            observation.append(torch.tensor(observe(known, draft, space)))            # [n, width]
             accepted.append(found[:, [space.nodes(depth, size) for size in range(len(space.sizes))]].cpu())
         texts.append((torch.stack(observation, dim=1), torch.stack(accepted, dim=1)))
     return Recording(positions, *map(torch.cat, zip(*texts)))
@@ -53,22 +50,16 @@ def what_is_known(target, hidden, tokens, length, T):
     roots, echo = tokens[length], Echo()
     certainty = target.logits(hidden[length - 1]).float().softmax(-1).gather(1, roots[:, None])        # [n, 1]
     echo.read(tokens[:length[0]].tolist())
-    return np.array([[before / 1000, T, sure, *echo.read([root])]
-                     for before, sure, root in zip(length.tolist(), certainty[:, 0].tolist(), roots.tolist())])
+    return [[before / 1000, T, sure, *echo.read([root])]
+            for before, sure, root in zip(length.tolist(), certainty[:, 0].tolist(), roots.tolist())]
 
 
 def seconds_by_choice(costs, policy=None):
-    """Seconds of a cycle [levels, sizes] by a policy, which looks and answers; None or Fixed: one that need not. A size
-    that is not filled costs the same."""
+    """Seconds of a cycle [levels, sizes] by a policy; None or Fixed: one that need not look. A size that is not filled
+    costs the same."""
     seconds = torch.tensor(costs.draft[:, None] + costs.verify).float()
     seconds[0] = costs.verify[0]                                                      # plain decoding, of whatever size
-    if policy is None or type(policy) is Fixed:
-        return seconds
-    seen = F.pad(torch.rand(FIRST - 1 + costs.space.top_k + costs.space.sizes[-1]), (1, 0), value=1 / costs.space.depth)
-    with torch.inference_mode():                                                      # as in decoding
-        stop, size = (median(repeat(lambda: ask(seen), number=1, repeat=200)) for ask in (policy.stop, policy.size))
-    asked = torch.arange(len(seconds))
-    return seconds + (torch.tensor(costs.look).float() + stop * (asked + 1) + size * (asked > 0))[:, None]
+    return seconds if type(policy) in (type(None), Fixed) else seconds + torch.tensor(costs.look).float()[:, None]
 
 
 class Replayed(NamedTuple):
@@ -103,11 +94,11 @@ def walk(recording, cycle):
 @torch.no_grad()
 def drive(policy, recording, costs):
     """Decode by a policy that learns as it goes. -> Replayed"""
-    seconds, last = seconds_by_choice(costs, deepcopy(policy)).tolist(), costs.space.depth
+    seconds, asked = seconds_by_choice(costs, policy).tolist(), range(0, costs.space.depth + 1, costs.space.every)
 
     def cycle(root):
-        seen = recording.observation[root]
-        level = next(i for i in range(last + 1) if i == last or policy.stop(seen[i]))
+        seen = recording.observation[root].tolist()
+        level = next(i for i in asked if i == asked[-1] or policy.stop(seen[i]))
         size = int(policy.size(seen[level])) if level else 0
         accepted = int(recording.accepted[root, level, size])
         policy.learn(accepted)
@@ -119,10 +110,10 @@ def drive(policy, recording, costs):
 @torch.no_grad()
 def decide(policy, recording):
     """What a policy does at every root: the level [R] where it stops, and the size [R], an index."""
-    stop = policy.stop(recording.observation)                                         # [R, levels]
+    stop = policy.stop(recording.observation[:, ::policy.space.every])                # [R, asked]
     stop[:, -1] = True                                                                # there nobody asks
-    level = stop.int().argmax(1)                                                      # the first yes
-    return level, policy.size(recording.observation).gather(1, level[:, None]).squeeze(1)
+    level = stop.int().argmax(1) * policy.space.every                                 # the first yes
+    return level, policy.size(recording.observation[torch.arange(len(level)), level])
 
 
 def replay(recording, seconds, level, size):
@@ -132,12 +123,12 @@ def replay(recording, seconds, level, size):
     return walk(recording, lambda root: (accepted[root], took[root]))
 
 
-def best_fixed(recording, costs, space):
-    """Grid search; a tree without nodes is not drafted at all. -> Fixed, tokens a second."""
-    grid = [Fixed(space, depth, size) for depth in range(1, space.depth + 1)
-            for size, nodes in enumerate(space.sizes) if nodes]
-    rates = [replay(recording, costs, *decide(policy, recording)).rate for policy in grid]
-    return grid[rates.index(max(rates))], max(rates)
+def best_fixed(recording, seconds, space):
+    """Grid search over all depths and sizes; a tree without nodes is not drafted at all. -> depth, nodes, Replayed."""
+    grid = torch.cartesian_prod(torch.arange(1, space.depth + 1), torch.arange(1, len(space.sizes)))
+    found = [replay(recording, seconds, *each.expand(len(recording.accepted), 2).T) for each in grid]
+    (depth, size), best = max(zip(grid.tolist(), found), key=lambda each: each[1].rate)
+    return depth, space.nodes(depth, size), best
 
 
 def oracle(recording, costs):
