@@ -4,7 +4,6 @@
     python decode.py --prompt "class Queue:" --compare       the same by plain decoding: equal? how much faster?
     python decode.py --prompt "class Queue:" --show-tree     draw the first draft
     python decode.py --prompt "class Queue:" --report tree.html    step through all of them in a browser
-    python decode.py --prompt "class Queue:" --tree 8,5,24   the same tree in every cycle, not the fastest for it
     python decode.py --target smollm2 --chat --prompt "Why is the sky blue?"         after train.py --target smollm2
     python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
 
@@ -16,7 +15,7 @@ import time
 import gto  # noqa: F401  before torch: it sets the thread environment
 import torch
 
-from gto.checkpoint import load_head, load_run
+from gto.checkpoint import load_head, load_run, main_head
 from gto.engine import Engine
 from gto.evaluate import Decoded, timed
 from gto.page import tree_text, watch, write_page
@@ -30,11 +29,12 @@ from gto.verify import Sampling
 def parse_arguments():
     parser = argument_parser("python decode.py", __doc__, *FLAGS)
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--method", choices=("ar", "draft", "control", "gto"), default="gto",
-                        help="ar: plain decoding; else the head train.py left under this name (default: gto)")
+    parser.add_argument("--method", help="ar: plain decoding; draft, control, gto, keep: the head train.py left under"
+                        " this name (default: of its last objective)")
     parser.add_argument("--head", help="instead: a head checkpoint, or a folder with an EAGLE-3 head")
-    parser.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: as --policy decides")
-    parser.add_argument("--policy", choices=("rule", "ltd"),
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--tree", type=TreeShape.parse, help="children,depth,nodes; default: as --policy decides")
+    either.add_argument("--policy", choices=("rule", "ltd"),
                         help="decides on the tree, in every cycle (default: what gto.ltd found faster, else the rule)")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
     parser.add_argument("--temperature", type=at_least(0, float), default=0.0)
@@ -46,8 +46,6 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.method == "ar" and (arguments.policy or arguments.compare or arguments.show_tree or arguments.report):
         raise UserError("--method ar drafts nothing: leave out --policy, --compare, --show-tree and --report")
-    if arguments.tree and arguments.policy:
-        raise UserError("--tree or --policy: one of them decides")
     return arguments
 
 
@@ -73,8 +71,10 @@ def main():
     start(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     out, target, encoding, encode, stop = load_run(arguments)
-    prompt, head_path = encode([arguments.prompt]), arguments.head or out / f"{arguments.method}.pt"
-    head = load_head(head_path, target, target.norm.weight.dtype) if arguments.method != "ar" else None
+    prompt, head, head_path = encode([arguments.prompt]), None, arguments.head
+    if arguments.method != "ar":
+        head_path = head_path or (out / f"{arguments.method}.pt" if arguments.method else main_head(out))
+        head = load_head(head_path, target, target.norm.weight.dtype)
     n, capacity = arguments.max_new_tokens, min(len(prompt) + arguments.max_new_tokens, target.config.max_len)
 
     engine = make_engine(target, head, arguments.tree or arguments.policy, head_path, out, sampling, capacity)

@@ -37,7 +37,7 @@ def parse_arguments():
     for field in fields(configs.Config):
         kind = {"True": True, "False": False}.get if field.type is bool else field.type
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="see gto/config.py",
-                            choices=(configs.CHOICES | {"objective": OBJECTIVES}).get(field.name))
+                            choices=configs.CHOICES.get(field.name))
     arguments = parser.parse_args()
     changes = {k: v for k, v in vars(arguments).items() if v is not None and hasattr(configs.Config, k)}
     if arguments.target and arguments.data and not Path(arguments.data).is_file():
@@ -46,7 +46,10 @@ def parse_arguments():
         raise UserError("--head and --tokenizer are for a released target: add --target FOLDER")
     start(arguments.device)
     preset = arguments.preset or configs.fitting(arguments.device, bool(arguments.target))
-    return arguments, configs.check(replace(configs.PRESETS[preset], **changes))
+    config = configs.check(replace(configs.PRESETS[preset], **changes))
+    if unknown := set(config.objectives.split(",")) - set(OBJECTIVES):
+        raise UserError(f"--objectives {config.objectives}: no {unknown.pop()!r}, but {', '.join(OBJECTIVES)}")
+    return arguments, config
 
 
 def own_target(arguments, config, out):
@@ -113,23 +116,28 @@ def main():
     if last == "draft":
         return
 
-    # Phase II: Group Tree Optimization, and beside it the control, phase I continued for as long.
+    # Phase II: Group Tree Optimization; in the time that it took, at phase I's pace, other objectives and the control,
+    # phase I continued.
     compared = last == "table" and not given and ranks() == 1
+    first, *others = config.objectives.split(",")
     suffixes = [f"-{number + 1}" if number else "" for number in range(config.seeds)]  # gto.pt, gto-2.pt, ..
     for seed, suffix in enumerate(suffixes, config.seed):
-        if not exists(out / f"gto{suffix}.pt"):
-            stage = Stage(f"gto{suffix}", config.gto_steps, config.gto_batch, config.gto_rate, seed)
-            train_head(stage, config, target, copy_of(draft, target), texts, out, OBJECTIVES[config.objective], draft)
-        if compared and not exists(out / f"control{suffix}.pt"):
-            steps = max(1, round(seconds_of(out, f"gto{suffix}") / seconds_of(out, "draft") * config.head_steps))
-            stage = Stage(f"control{suffix}", steps, config.head_batch, config.gto_rate, seed)
-            train_head(stage, config, target, copy_of(draft, target), texts, out)
+        for name in (first, *others, "control") if compared else (first,):
+            if exists(out / f"{name}{suffix}.pt"):
+                continue
+            steps, batch = config.gto_steps, config.gto_batch
+            if name != first:
+                share = seconds_of(out, f"{first}{suffix}") / seconds_of(out, "draft")
+                steps, batch = max(1, round(share * config.head_steps)), config.head_batch
+            stage = Stage(f"{name}{suffix}", steps, batch, config.gto_rate, seed)
+            train_head(stage, config, target, copy_of(draft, target), texts, out, OBJECTIVES.get(name), draft)
     if not compared:
         return
 
     # The comparison.
-    heads = {name: [load_head(out / f"{name}{suffix}.pt", target, target.norm.weight.dtype) for suffix in files]
-             for name, files in {"draft": [""], "control": suffixes, "gto": suffixes}.items()}
+    heads = {name: [load_head(out / f"{name}{suffix}.pt", target, target.norm.weight.dtype)
+                    for suffix in (suffixes if name != "draft" else [""])]
+             for name in ("draft", "control", first, *others)}
     if corpus:
         prompts, stop, encoding = corpus.prompt_ids(config.eval_prompts * 5 // 4), (), load_encoding(out)
     else:

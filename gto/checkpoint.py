@@ -123,7 +123,14 @@ def load_config(out):
     """The Config that train.py wrote to this folder."""
     path = Path(out, "config.json")
     with reading(f"{path}, which python train.py writes,"):
-        return check(Config(**json.loads(path.read_text())))
+        kept = {**json.loads(path.read_text())}                   # of a released target, with the names of its inputs
+        return check(Config(**{name: kept[name] for name in kept if name not in ("target", "data")}))
+
+
+def main_head(out):
+    """The head to decode with: the last objective's, or, if training stopped before, what there is of it."""
+    paths = [out / f"{name}.pt" for name in reversed(("draft", *load_config(out).objectives.split(",")))]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def run_folder(out_dir, target):

@@ -35,21 +35,21 @@ class Config:
     # draft head, phase I: token-level training
     head_ffn_dim: int = 384        # 0: the target's
     draft_vocab_size: int = 1024   # the tokens that are most frequent in the target's own text
-    unroll: int = 4                # steps of the training-time test behind the first
-    head_steps: int = 600
+    unroll: int = 2                # steps of the training-time test behind the first; 4 learn less in the same time
+    head_steps: int = 1000
     head_batch: int = 4
     head_lr: float = 2e-2          # output and norms, by AdamW
     head_muon_lr: float = 0.05     # hidden matrices, by Muon; 0: AdamW for all
     label_temperature: float = 0.5  # below 1: labels sharpened towards the target's arg-max; 1: EAGLE-3's
 
     # phase II: Group Tree Optimization
-    gto_steps: int = 100
-    gto_batch: int = 4             # sequences per step
+    gto_steps: int = 100           # of the first objective; the others and the control get its time
+    gto_batch: int = 4             # sequences per step of it
     gto_rate: float = 0.2          # learning rates of phase II and of its control, relative to phase I
     rollout_steps: int = 4         # steps that learn from the same trees; the paper's: 1
     groups: int = 4                # K, per sequence; the paper's: 16
     group_size: int = 8            # m adjacent positions
-    objective: str = "gto"         # gto or keep, or your own: OBJECTIVES in gto/loss.py
+    objectives: str = "gto,keep"   # a head each, see OBJECTIVES in gto/loss.py; the last is decode.py's
     omega: float = 0.5             # L = L_token + omega * L_objective
     eps: float = 0.2               # clip of the ratio; the paper does not state it
     delta: float = 1e-4            # keeps the standardisation finite; the paper does not state it

@@ -122,6 +122,11 @@ class Decoded(NamedTuple):
         return (len(self.tokens) - 1) / max(self.seconds, 1e-9)
 
 
+def overall(decoded):
+    """Tokens a second over all of them."""
+    return sum(len(each.tokens) - 1 for each in decoded) / max(sum(each.seconds for each in decoded), 1e-9)
+
+
 def timed(engine, prompt, new_tokens, stop=()):
     """Decode one prompt to `new_tokens` tokens or one of `stop`. -> Decoded, its last cycle counted in full."""
     new = engine.prefill([prompt])
@@ -147,9 +152,10 @@ def speeds(engines, prompts, new_tokens, stop=(), desc="speed"):
 
 
 def compare_tau(config, target, heads, prompts, others, stop):
-    """Acceptance lengths of {"draft" | "control" | "gto": [a head per seed]}, each with the score temperature that
-    the `others` choose. -> rows by (T, name); taus by (T, name), [seeds, prompts]; what results.json holds besides."""
+    """Acceptance lengths of {name: [a head per seed]}, each with the score temperature that the `others` choose.
+    -> rows by (T, name); taus by (T, name), [seeds, prompts]; what results.json holds besides."""
     shape, new_tokens, rows, taus = TreeShape.parse(config.tree), config.eval_tokens, {}, {}
+    main = list(heads.values())[-1][0]
     results = {"prompts": len(prompts), "by_depth": {}, "calibration": {}}
     for T, temperatures in SCORE_TEMPS.items():
         test = fixed_text(target, prompts, new_tokens, T, shape.depth, stop)
@@ -163,13 +169,14 @@ def compare_tau(config, target, heads, prompts, others, stop):
             mean, error = paired(taus[T, name].mean(0), 0.0)
             pruned, matched, depths[name] = (torch.tensor(share).mean(0).tolist() for share in shares)
             rows[T, name] = {"T": f"{T:g}", "method": name, "tau": mean, "±": error,
-                             "by seed": [round(tau, 3) for tau in taus[T, name].mean(1).tolist()], "score temp.": best,
+                             "by seed": [round(each, 3) for each in taus[T, name].mean(1).tolist()],
+                             "score temp.": best, "at score temp. 1": tau(trained[0], test, shape, 1.0).mean().item(),
                              "path pruned": f"{pruned:.0%}", "accepted = path's": f"{matched:.0%}"}
-        results["calibration"][f"{T:g}"] = {s: diagnosis(heads["gto"][0], tune, shape, s)[-1] for s in temperatures}
+        results["calibration"][f"{T:g}"] = {s: diagnosis(main, tune, shape, s)[-1] for s in temperatures}
         if T == 0:                                                                    # is speculation lossless?
             plain = [row[len(prompt):][:new_tokens] for row, prompt in zip(test.text.tokens.tolist(), prompts)]
             room = max(map(len, prompts)) + new_tokens
-            engine = Engine(target, heads["gto"][0], shape, batch=len(prompts), capacity=room)
+            engine = Engine(target, main, shape, batch=len(prompts), capacity=room)
             written = [row[-new_tokens:] for row in engine.complete(prompts, new_tokens)]
             results["greedy_equal"] = sum(map(list.__eq__, written, plain))
             results["distinct_tokens"] = sum(len(set(row)) for row in plain) / len(plain)
@@ -178,16 +185,15 @@ def compare_tau(config, target, heads, prompts, others, stop):
 
 def compare_speed(target, heads, out, prompts, new_tokens, stop, rows):
     """Add to the rows: tokens a second by the rule, over those of plain decoding; seconds of training."""
-    room, costs = max(map(len, prompts)) + new_tokens + 16, costs_here(out, target, heads["gto"][0])
+    room, costs = max(map(len, prompts)) + new_tokens + 16, costs_here(out, target, heads["draft"][0])
     for T in SCORE_TEMPS:
         engines = {"ar": Engine(target, None, sampling=Sampling(T), capacity=room)}
         for name, (head, *_) in heads.items():
             engines[name] = AdaptiveEngine(target, head, Rule(costs), Sampling(T), room)
         decoded = speeds(engines, prompts, new_tokens, stop, desc=f"speed, T={T:g}")
-        rates = {name: torch.tensor([d.tokens_per_second for d in runs]) for name, runs in decoded.items()}
+        rates = {name: overall(runs) for name, runs in decoded.items()}
         for name, rate in rates.items():
-            rows[T, name] |= {"tokens/s": round(rate.median().item()),
-                              "speed-up": round((rate / rates["ar"]).median().item(), 2)}
+            rows[T, name] |= {"tokens/s": round(rate), "speed-up": round(rate / rates["ar"], 2)}
             if name != "ar":
                 rows[T, name]["training, s"] = round(seconds_of(out, name))
 
@@ -201,21 +207,22 @@ def report(config, target, heads, out, prompts, encoding, stop=()):
     compare_speed(target, heads, out, prompts[:TIMED], new_tokens, stop, rows)
     rows = list(rows.values())
     differences = {f"{a} - {b}": {f"T={T:g}": paired(taus[T, a].mean(0), taus[T, b].mean(0)) for T in SCORE_TEMPS}
-                   for a, b in (("control", "draft"), ("gto", "draft"), ("gto", "control"))}
-    gains = " and ".join(T for T, (mean, error) in differences["gto - control"].items() if mean > 2 * error)
+                   for a in list(heads)[1:] for b in ("draft", "control") if a != b}
     lines = [f"tau with tree {config.tree} ± standard error over {results['prompts']} held-out prompts x {new_tokens}"
              f" tokens, mean of {config.seeds} seeds, each head with its best score temperature. Path: the head's"
-             f" greedy path. Speed: batch 1, trees chosen by the rule, median over {TIMED} prompts.",
+             f" greedy path. Speed: batch 1, trees chosen by the rule, {TIMED} prompts in all.",
              f"Greedy output equal to plain greedy decoding: {results['greedy_equal']} of {results['prompts']} texts,"
              f" with {results['distinct_tokens']:.0f} distinct tokens each.",
-             *(f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f} at {T}" for T, (mean, error) in by_T.items()) + "."
+             *(f"{pair}: " + ", ".join(f"{mean:+.3f} ± {error:.3f}{'*' * (abs(mean) > 2 * error)} at {T}"
+                                       for T, (mean, error) in by_T.items()) + "."
                for pair, by_T in differences.items()),
-             f"GTO {'beats' if gains else 'does not beat'} the control by two standard errors at {gains or 'any T'}."]
+             "* more than two standard errors."]
     text = "\n".join([table([dict.fromkeys(rows[1], "") | row for row in rows]), "", *lines])
     results |= {"rows": rows, "differences": differences}
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_whole(out / "table.md", text + "\n")
-    engine = Engine(target, heads["gto"][0], TreeShape.parse(config.tree), capacity=len(prompts[0]) + new_tokens)
+    main, capacity = list(heads.values())[-1][0], len(prompts[0]) + new_tokens
+    engine = Engine(target, main, TreeShape.parse(config.tree), capacity=capacity)
     decode = watch(engine, prompts[0], encoding, new_tokens, stop)
     write_page(out / "report.html", f"A run: {out.name}", decode, lines, log=read_log(out), **results)
     return text

@@ -1,5 +1,5 @@
 """The losses: token-level training (phase I), objectives of phase II, one equation a function; eq. 3-5: gto/rollout.py.
-For one of your own, write a function like `keep_objective` and name it in OBJECTIVES, for `train.py --objective`."""
+For one of your own, write a function like `keep_objective` and name it in OBJECTIVES, for `--objectives gto,mine`."""
 from typing import NamedTuple
 
 import torch
@@ -118,7 +118,7 @@ def rollout(batch):
     return text._replace(kv=None), roots, trees, reference_log_q, advantage, metrics
 
 
-def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):
+def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7, weight=6.0):
     """How much of the target's greedy path the re-ranking keeps, without drafting a tree. -> loss, metrics.
     A step's path score, at a temperature, is compared with that of the last node a tree keeps, a constant threshold, by
     a sigmoid of this width (nats). A step counts only with all before it; far above the cut it gets no gradient."""
@@ -129,7 +129,7 @@ def keep_objective(batch, threshold=-5.0, width=1.0, temperature=0.7):
     best = batch.labels.argmax(-1, keepdim=True)
     score = torch.log_softmax(batch.log_q / temperature, -1).gather(-1, best).squeeze(-1)
     path = score.masked_fill(~on_path, 0.0).cumsum(-1)                                # [B, R, J+1]
-    return -(torch.sigmoid((path - threshold) / width) * on_path).sum() / batch.total[0], {}
+    return -weight * (torch.sigmoid((path - threshold) / width) * on_path).sum() / batch.total[0], {}
 
 
 OBJECTIVES = {"gto": gto_objective, "keep": keep_objective}

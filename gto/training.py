@@ -46,7 +46,7 @@ def train_target(config, corpus, out, device):
     forward = torch.compile(target) if HAS_TRITON and is_modern(torch.device(device)) else target
 
     def loss_of(part):
-        batch = corpus.batch("train", part, config.target_batch * ranks(), config.length, config.seed)
+        batch = corpus.batch(part, config.target_batch * ranks(), config.length, config.seed)
         batch = batch[rank()::ranks()].to(device)                                     # [B, T+1]
         with torch.autocast("cuda", torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16):
             hidden = forward(batch[:, :-1], keep_kv=False)[0]                         # the features are not kept
@@ -62,7 +62,7 @@ def write_texts(config, target, corpus):
     torch.manual_seed(config.seed)
     texts, batch = [], min(config.text_batch, max(config.texts // 2, 1))
     for step in tqdm(range(config.texts // batch), desc="text", unit="batch", disable=rank() > 0):
-        prompts = corpus.batch("train", step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
+        prompts = corpus.batch(step, batch, config.prompt_length, config.seed + 1)[:, :-1].tolist()
         engine = Engine(target, None, sampling=Sampling(temperature=step % 2), batch=batch, capacity=config.length)
         texts.append(torch.tensor(engine.complete(prompts, config.length - config.prompt_length)))
         del engine                                                                    # before the next takes its memory

@@ -133,7 +133,7 @@ def test_ablation_from_ceilings_to_tables(out, monkeypatch):
         if stage.name == "control-seed1" and failures:
             raise failures.pop()
         train_head(stage, config, *rest)
-        seconds = stage.steps * (0.25 if rest[-2] is None else 1.0 if config.objective == "gto" else 0.5)
+        seconds = stage.steps * (0.25 if rest[-2] is None else 1.0 if config.objectives == "gto" else 0.5)
         append_log(out / "ablate-2-3,3,6/log.jsonl", stage=stage.name, finished=True, seconds=seconds)
 
     flags = "--only keep m=4 --seeds 2"

@@ -85,7 +85,8 @@ def test_summary_counts_the_bonus_token_and_pairs_by_prompt():
     mine = [Decoded([0] * 6, 0.02, 2), Decoded([0] * 10, 0.03, 3), ended]
     ar = [Decoded([0] * 6, 0.05, 5), Decoded([0] * 10, 0.09, 9), ended]
     assert bench.summary(mine, ar) == pytest.approx({             # ar: 100 tokens/s on both
-        "answers": 2, "tau": 14 / 5, "tokens_per_s": (250 + 300) / 2, "speedup": (2.5 + 3.0) / 2, "cycle_ms": 10})
+        "answers": 2, "tau": 14 / 5, "tokens_per_s": (250 + 300) / 2, "speedup": (2.5 + 3.0) / 2, "in_all": 2.8,
+        "cycle_ms": 10})
     with pytest.raises(UserError, match="first token"):
         bench.summary(mine[2:], ar[2:])
 

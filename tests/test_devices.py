@@ -291,7 +291,7 @@ def one_cycle(engine, prompts, new_tokens):
 
 def trace(config, dtype, patch):
     """{stage: the bytes that a run of train.py takes at most} on a GPU that computes in dtype, nothing compiled."""
-    def no_text(side, step, size, length, seed):
+    def no_text(step, size, length, seed):
         return torch.zeros(size, length + 1, dtype=torch.long)
 
     def score_inner_nodes(target, tree, prefix, temperature=0.0, neighbours=1):
@@ -370,7 +370,7 @@ def test_training_a_target_keeps_only_what_it_learns_from(monkeypatch):
     monkeypatch.setattr(Target, "forward", watched)
     monkeypatch.setattr(Target, "logits", later)
     monkeypatch.setattr(gto.training, "train", lambda stage, model, optimizers, loss_of, *_, **__: loss_of(0))
-    corpus = SimpleNamespace(vocab_size=29, batch=lambda side, step, size, length, seed: torch.ones(size, 9).long())
+    corpus = SimpleNamespace(vocab_size=29, batch=lambda step, size, length, seed: torch.ones(size, 9).long())
     train_target(PRESETS["smoke"], corpus, None, "cpu")
 
 
@@ -384,7 +384,7 @@ def test_an_engine_gives_its_memory_back_before_the_next_takes_its_own(monkeypat
             alive.add(self)
 
     monkeypatch.setattr(gto.training, "Engine", Watched)
-    corpus = SimpleNamespace(batch=lambda side, step, size, length, seed: torch.ones(size, length + 1).long())
+    corpus = SimpleNamespace(batch=lambda step, size, length, seed: torch.ones(size, length + 1).long())
     gc.disable()
     try:
         tokens, _ = write_texts(Config(texts=6, text_batch=2, length=40), target, corpus)

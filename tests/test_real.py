@@ -12,7 +12,7 @@ import torch
 import decode
 import train
 from gto import training
-from gto.checkpoint import load_encoding
+from gto.checkpoint import load_config, load_encoding
 from gto.config import Config
 from gto.loss import OBJECTIVES, learnt_positions
 from gto.model import ModelConfig, Target
@@ -216,7 +216,7 @@ def test_without_data_the_target_writes_its_own_conversations(release, file, cap
     assert f"> {question}\n{answer}" in printed and "gto - control" in printed and "9 of 9 texts" in printed
     run(decode, "--target", file, "--chat", "--prompt", "Who?", "--tree", "3,3,8", "--max-new-tokens", 12, "--compare",
         cwd=release)
-    assert "the same tokens" in capsys.readouterr().err
+    assert "the same tokens" in capsys.readouterr().err and load_config(out).texts == 20
     if file == "Llama":                                           # interrupted in the second batch's answers
         (out / "chats.jsonl").unlink(), (out / "text.pt").unlink()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):

@@ -190,18 +190,20 @@ def trained(tmp_path_factory):
 def test_one_run_from_nothing(trained):
     folder, printed = trained
     assert {p.name for p in (folder / "out/x").iterdir()} == {
-        "config.json", "log.jsonl", "target.pt", "text.pt", "draft.pt", "gto.pt", "control.pt", "table.md",
+        "config.json", "log.jsonl", "target.pt", "text.pt", "draft.pt", "gto.pt", "keep.pt", "control.pt", "table.md",
         "results.json", "report.html", "tokenizer.model", "meta.json", "prompts.jsonl", "costs.json"}
     assert "Greedy output equal to plain greedy decoding: 4 of 4 texts" in printed
     results = json.loads((folder / "out/x/results.json").read_text())
     rows = {(row["T"], row["method"]): row for row in results["rows"]}
-    assert set(rows) == {(T, name) for T in "01" for name in ("ar", "draft", "control", "gto")}
+    assert set(rows) == {(T, name) for T in "01" for name in ("ar", "draft", "control", "gto", "keep")}
     for (_, name), row in rows.items():
         assert 1 <= row["tau"] <= 5 and row["tokens/s"] > 0 and row["speed-up"] > 0
         assert name == "ar" or row["path pruned"].endswith("%") and len(row["by seed"]) == 1
     log = [json.loads(line) for line in (folder / "out/x/log.jsonl").read_text().splitlines()]
     finished = {line["stage"]: line for line in log if line.get("finished")}
-    assert set(finished) == {"target", "draft", "control", "gto"}
+    assert set(finished) == {"target", "draft", "control", "gto", "keep"}
+    assert set(results["differences"]) == {"control - draft", *(f"{a} - {b}" for a in ("gto", "keep")
+                                                                for b in ("draft", "control"))}
     assert printed.strip().endswith((folder / "out/x/table.md").read_text().strip())
 
 
@@ -251,7 +253,7 @@ def test_killed_runs_go_on(trained, kills):
     assert result.returncode == 0, result.stderr[-2000:]
     for number in range(int(result.stdout.split()[-1])):
         out = folder / f"out/killed-{kills}-{number + 1}"
-        for name in "target", "text", "draft", "gto", "control":
+        for name in "target", "text", "draft", "gto", "keep", "control":
             assert same(tensors(out / f"{name}.pt"), tensors(folder / f"out/x/{name}.pt")), (out, name)
         assert taus(out) == taus(folder / "out/x")
 

@@ -6,10 +6,10 @@ from statistics import median
 
 import torch
 
-from gto.checkpoint import load_head, load_run
+from gto.checkpoint import load_head, load_run, main_head
 from gto.data import read_prompts
 from gto.engine import Engine, cut
-from gto.evaluate import speeds
+from gto.evaluate import overall, speeds
 from gto.page import watch, write_page
 from gto.policy import make_engine
 from gto.tree import TreeShape
@@ -21,7 +21,7 @@ def load_methods(arguments, out, target):
     """The heads, policies and trees that the flags name. -> {method: function of sampling and capacity -> Engine}"""
     methods = {"ar": partial(Engine, target, None)}
     ways = (arguments.policy or []) + (arguments.tree or []) or ["rule", TreeShape(8, 5, 24)]
-    for text in arguments.head or (f"control={out}/control.pt", f"gto={out}/gto.pt"):
+    for text in arguments.head or (f"control={out}/control.pt", f"{(main := main_head(out)).stem}={main}"):
         name, _, file = text.rpartition("=")
         head = load_head(file, target, target.norm.weight.dtype)
         for way in ways:
@@ -40,6 +40,7 @@ def summary(mine, ar):
     return {"answers": len(pairs), "tau": sum(len(a.tokens) - 1 for a, _ in pairs) / cycles,
             "tokens_per_s": median(a.tokens_per_second for a, _ in pairs),
             "speedup": median(a.tokens_per_second / b.tokens_per_second for a, b in pairs),
+            "in_all": overall([a for a, _ in pairs]) / overall([b for _, b in pairs]),
             "cycle_ms": 1e3 * sum(a.seconds for a, _ in pairs) / cycles}
 
 
@@ -67,7 +68,7 @@ def benchmark(arguments):
 
 def main(argv=None):
     parser = argument_parser("python -m gto.bench", __doc__, *FLAGS)
-    parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="repeatable; default: control and gto")
+    parser.add_argument("--head", action="append", metavar="[NAME=]PATH", help="default: control and decode.py's")
     parser.add_argument("--policy", action="append", choices=("rule", "ltd"), help="repeatable; see decode.py")
     parser.add_argument("--tree", action="append", type=TreeShape.parse, help="repeatable; default: rule and 8,5,24")
     parser.add_argument("--prompts", help="a question.jsonl (default: the held-out prompts in --out-dir)")

@@ -26,14 +26,13 @@ from gto.tree import TreeShape, draft_candidates, draft_tree, rerank
 from gto.util import append_log, argument_parser, at_least, main_guard, reading, start, table, write_whole
 
 TRIAL = 20    # steps that measure a recipe's pace
-SHARP, SOFT, DEEP = {"label_temperature": 0.3}, {"label_temperature": 1.0}, {"unroll": 7}
-KEEP = {"objective": "keep", "omega": 3.0}
+SHARP, SOFT = {"label_temperature": 0.3}, {"label_temperature": 1.0}
+KEEP = {"objectives": "keep"}
 
 # {table: {run: what differs from out/config.json}}. A control continues phase I: the token-level loss alone.
 TABLES = {
     "ceilings": {},
-    "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "control-deep": SHARP | DEEP,
-                   "gto-sharp": SHARP, "keep": KEEP, "keep-sharp": KEEP | SHARP},
+    "objectives": {"gto": {}, "control": {}, "control-sharp": SHARP, "control-soft": SOFT, "keep": KEEP},
     "steps": {"control-steps": {}, "control-sharp-steps": SHARP, "keep-steps": KEEP},
     "groups": {f"m={m}": {"group_size": m, "groups": 32 // m} for m in (1, 4, 16, 32)},
     "aggregator": {name: {"aggregator": name} for name in ("max", "mean", "expected")},
@@ -97,7 +96,7 @@ class Ablation:
         start(arguments.device)
         out = Path(arguments.out_dir)
         config = checkpoint.load_config(out)
-        self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objective="gto",
+        self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objectives="gto",
                                              gto_steps=arguments.steps or config.gto_steps))
         self.shape, self.folder = TreeShape.parse(config.tree), out / f"ablate-{config.gto_steps}-{config.tree}"
         self.target = checkpoint.load_target(out / "target.pt", arguments.device)
@@ -115,7 +114,7 @@ class Ablation:
     def train(self, name, seed):
         """Continue the phase-I head by a recipe, and record the outcome."""
         config = replace(self.config, **RECIPES[name])
-        objective = None if name.startswith("control") else OBJECTIVES[config.objective]
+        objective = None if name.startswith("control") else OBJECTIVES[config.objectives]
 
         def run(stage):
             head = copy_of(self.head, self.target)

@@ -16,7 +16,7 @@ Add      an objective named "overlap" to OBJECTIVES in gto/loss.py: minus the me
 Size     5 to 10 lines, with its docstring
 Hint     the end of `keep_objective`. Gradients through a product: torch.cumprod knows how, zeros included
 Run      python -m pytest -m exercise tests/exercises/test_4_objective.py
-Then     python train.py --objective overlap --label-temperature 1 --out-dir out/overlap, and look at T=1"""
+Then     python train.py --objectives gto,overlap --label-temperature 1 --out-dir out/overlap, and look at T=1"""
 from dataclasses import replace
 
 import pytest
