@@ -5,7 +5,6 @@
     python decode.py --prompt "class Queue:" --show-tree     draw the first draft
     python decode.py --prompt "class Queue:" --report tree.html    step through all of them in a browser
     python decode.py --target smollm2 --chat --prompt "Why is the sky blue?"         after train.py --target smollm2
-    python decode.py --target Llama-3.1-8B-Instruct --head EAGLE3-head --chat --tree 10,8,59 --prompt "Who are you?"
 
 On a terminal, drafted tokens that the target accepted are green, tokens that the target added itself plain."""
 import json

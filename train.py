@@ -8,7 +8,6 @@ For a released chat model (gto/released/README.md), which writes the conversatio
 
     python train.py --target smollm2                        SmolLM2-135M, the same comparison in an hour
     python train.py --target Qwen3-8B --data chat.jsonl --head EAGLE3-head --stage gto      GTO from a finished head
-    torchrun --nproc_per_node=8 train.py ...                a batch on each GPU
 A finished stage is not run again, an interrupted one goes on where it was."""
 from dataclasses import fields, replace
 from pathlib import Path

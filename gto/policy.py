@@ -73,8 +73,7 @@ class Echo:
 
 
 class Costs(NamedTuple):
-    """Seconds of a cycle's parts: it takes draft[levels] + verify[size], and if a policy decides, look[levels] besides;
-    one of plain decoding, verify[0]."""
+    """Seconds of a cycle's parts: draft[levels] + verify[size] (+ look[levels] by a policy), or plain, verify[0]."""
     space: Space
     draft: np.ndarray     # [depth + 1] to draft 0, 1, 2, .. levels
     verify: np.ndarray    # [sizes]
@@ -277,8 +276,8 @@ def costs_here(folder, target, head, space=None):
     except (OSError, ValueError, LookupError, TypeError):
         pass                                                                          # there is none, or it is damaged
     costs = measure(target, head, space)
-    parts = {part: getattr(costs, part).tolist() for part in Costs._fields[1:]}
-    write_whole(path, json.dumps({"about": about, **parts}))
+    write_whole(path, json.dumps({"about": about, **{part: seen.tolist() for part, seen in costs._asdict().items()
+                                                     if part != "space"}}))
     return costs
 
 

@@ -3,7 +3,6 @@
 A time is the median over replays of a CUDA graph of calls that walk over copies of the large input, several L2 caches
 of them: each finds it cold. "copy" is what moving bytes alone takes: of the keys, or of the logits."""
 import argparse
-import json
 
 import torch
 from torch.nn import functional as F
@@ -81,7 +80,6 @@ def main():
         print(f"\nmicroseconds: {question}, bf16\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
         for row in rows:
             print("|", " | ".join(f"{x:.1f}" if isinstance(x, float) else str(x) for x in row.values()), "|")
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, **questions}))
 
 
 if __name__ == "__main__":

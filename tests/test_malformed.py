@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
             save(f"{out}/text.pt", kind="text", tokens=torch.randint(VOCAB, (4, config.length)),
                  supervised=torch.ones(4, config.length, dtype=torch.bool))
         save("begun/draft.partial.pt", kind="training", model={"x": torch.zeros(1)}, optimizers=[], step=3, seconds=1.0)
-        save_policy("out/policy-gto.pt", Learned(Space(2, 4, (0, 1, 8)), 8), gain=0.1)
+        save_policy("out/policy-gto.pt", Learned(Space(2, 4, (0, 1, 8))), gain=0.1)
         write_release(Path("Llama"), *hugging_face_release(target))
         write_hugging_face(Path("Llama/tokenizer.json"), {bytes([i]): i for i in range(256)}, added_tokens=LLAMA3)
         save_ranks("Llama/tokenizer.model", {bytes([i]): i for i in range(256)})

@@ -166,8 +166,7 @@ def read_results(folder):
 
 
 def over_control(results, name, T, control="control"):
-    """'+0.031 ± 0.020': tau less control's, paired by prompt and seed; '' if there is none to compare with. Standard
-    errors over prompts and over seeds are added as if independent, which is rather too wide."""
+    """'+0.031 ± 0.020': tau less control's, paired by prompt and seed, ± both standard errors: rather too wide."""
     pairs = list(zip(results[name], results.get(control, ())))
     if name == control or not pairs:
         return ""

@@ -16,7 +16,6 @@ from gto.ltd.replay import best_fixed, drive, oracle, record, replay, seconds_by
 from gto.policy import Fixed, Rule, costs_here, measure, policy_path
 from gto.util import FLAGS, argument_parser, main_guard, start, table, write_whole
 
-HIDDEN = {"cpu": 64, "cuda": 1024}        # the paper's 1024 trains for minutes instead of one on a CPU
 CHILDREN = 2, 4, 8                        # of a node; those with which the rule is fastest are LTD's
 TEMPERATURES = 0.0, 1.0
 
@@ -34,7 +33,7 @@ def compare(target, head, costs, prompts, positions):
         found.append((here, recordings(prompts[3 * eighth:4 * eighth], space), recordings(prompts[:3 * eighth], space)))
     costs, tuning, held_out = max(found, key=lambda here: prod(
         drive(Rule(here[0]), part, here[0]).rate for part in here[1]))
-    learned, seconds = Learned(costs.space, HIDDEN[target.norm.weight.device.type]), seconds_by_choice(costs)
+    learned, seconds = Learned(costs.space), seconds_by_choice(costs)
     learn(learned, recordings(prompts[4 * eighth:], costs.space), seconds_by_choice(costs, learned))
     gain = prod(drive(learned, part, costs).rate / drive(Rule(costs), part, costs).rate for part in tuning) ** 0.5 - 1
     rows = []
