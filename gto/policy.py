@@ -101,7 +101,7 @@ class Fixed:
 class Rule:
     """Draft on while the next level promises more accepted tokens than it costs, its time counted in tokens at the
     speed of decoding so far; then verify the size that promises most beyond its cost. A promise is the head's
-    probability times `trust`, what came true of earlier ones. Needs no training.
+    probability times trust, what came true of earlier ones. Needs no training.
     Roots are of five kinds, by how sure the target was of them: where it was, it will be. While cycles with drafts
     behind roots of a kind are slower than plain decoding, each doubles the plain ones before the kind's next."""
     memory, longest_wait = 0.98, 64      # of a cycle ago, in trust and speed; cycles
@@ -110,7 +110,7 @@ class Rule:
     def __init__(self, costs):
         self.space, self.draft, self.verify = costs.space, (costs.draft + costs.look).tolist(), costs.verify.tolist()
         self.node = (self.verify[-1] - self.verify[0]) / self.space.sizes[-1]
-        self.accepted, self.promised = 2.0, 2.0
+        self.accepted, self.promised = 2.0, 2.0                                      # their quotient is the trust
         self.speed = [[20 * tokens, 20 * self.verify[0]] for tokens in (1, 1.1, 1.2, 1.3, 1.4, 1)]   # tokens, seconds
         self.wait, self.patience, self.cycle = [0] * 5, [1] * 5, None                # by kind, as speed but its last
 
