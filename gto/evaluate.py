@@ -119,7 +119,7 @@ class Decoded(NamedTuple):
 
     @property
     def tokens_per_second(self):
-        return (len(self.tokens) - 1) / max(self.seconds, 1e-9)
+        return overall([self])
 
 
 def overall(decoded):

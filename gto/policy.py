@@ -86,7 +86,7 @@ class Fixed:
     tensors of them, [.., width] -> [..].) And are told how many drafts a cycle accepted."""
 
     def __init__(self, space, depth, size):
-        self.space, self.depth, self.choice, self.nodes = space, depth, size, space.nodes(depth, size)
+        self.space, self.depth, self.choice = space, depth, size
 
     def stop(self, seen):
         return (torch.as_tensor(seen)[..., 0] * self.space.depth).round() >= self.depth
@@ -276,8 +276,8 @@ def costs_here(folder, target, head, space=None):
     except (OSError, ValueError, LookupError, TypeError):
         pass                                                                          # there is none, or it is damaged
     costs = measure(target, head, space)
-    write_whole(path, json.dumps({"about": about, **{part: seen.tolist() for part, seen in costs._asdict().items()
-                                                     if part != "space"}}))
+    parts = {part: getattr(costs, part).tolist() for part in Costs._fields[1:]}
+    write_whole(path, json.dumps({"about": about, **parts}))
     return costs
 
 

@@ -33,7 +33,7 @@ class Learned(nn.Module):
         self.size_actor = nn.Sequential(nn.Linear(self.width, 4 * hidden), nn.ReLU(), nn.Linear(4 * hidden, hidden),
                                         nn.ReLU(), nn.Linear(hidden, len(space.sizes)))
 
-    @cached_property
+    @cached_property                                              # for one that no longer learns
     def numbers(self):
         return [p.tolist() for p in self.depth_actor.parameters()]
 
