@@ -49,7 +49,7 @@ def load_target(path, device="cpu", dtype=None):
 
 
 def load_head(path, target, dtype=None):
-    """A draft head for this target, on its device: a checkpoint *.pt of train.py, or a folder with an EAGLE-3 head."""
+    """A frozen draft head for this target, on its device: a checkpoint *.pt of train.py, or a folder with an EAGLE-3 head."""
     if Path(path).suffix != ".pt":
         from gto.released import load
         return load.load_head(path, target, dtype)
@@ -58,7 +58,7 @@ def load_head(path, target, dtype=None):
     with reading(path):
         head = DraftHead(HeadConfig(**contents["config"]).check_fits(target), target).to(device)
         head.load_state_dict(contents["model"])
-    return cast(head, dtype).eval()
+    return cast(head, dtype).eval().requires_grad_(False)
 
 
 def load_texts(path, target):

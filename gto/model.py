@@ -94,18 +94,20 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without a bias. A few rows on a CPU read a large weight up to four times faster as weight @ x.T than as x @
-    weight.T (measured, MKL), and one row does as two."""
+    """Without a bias. A large frozen weight is kept on a CPU in oneDNN's own order, too: 4 to 24 rows read it up to 1.7
+    times as fast (measured), so that verifying a few drafts costs little more than a plain step."""
 
     def __init__(self, in_dim, out_dim):
         super().__init__(in_dim, out_dim, bias=False)
+        self.packed = None
 
     def forward(self, x):
-        rows = x.reshape(-1, x.shape[-1])                                             # [R, in_dim]
-        if x.device.type != "cpu" or len(rows) > 4 or self.weight.numel() <= 2**18 or torch.is_grad_enabled():
+        if x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.requires_grad \
+                or self.weight.numel() <= 2**18 or not torch.backends.mkldnn.is_available():
             return super().forward(x)
-        rows = rows.repeat(2, 1) if len(rows) == 1 else rows
-        return (self.weight @ rows.mT).mT.reshape(-1, self.out_features)[:x[..., 0].numel()].view(*x.shape[:-1], -1)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 
 class Attention(nn.Module):

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from kernels import acceptance, tree_attention, triton
 
-COLD = 256 * 2**20                                                     # bytes to walk over: five L2 caches of an H200
-D = 128                                                                # head size
+COLD, D = 256 * 2**20, 128                     # bytes to walk over, five L2 caches of an H200; head size
 
 
 def randn(*shape):

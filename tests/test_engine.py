@@ -53,6 +53,18 @@ def test_the_same_seed_writes_the_same_text_by_any_tree(sampling):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [(1,), (3,), (2, 9), (1, 70)], ids=str)
+def test_a_large_frozen_weight_is_kept_packed_and_multiplies_the_same(rows):
+    torch.manual_seed(0)
+    layer, x = gto.model.Linear(520, 512), torch.randn(*rows, 520)
+    assert torch.equal(layer(x), x @ layer.weight.T) and layer.packed is None         # it may still learn
+    layer.requires_grad_(False)
+    torch.testing.assert_close(layer(x), (x.double() @ layer.weight.T.double()).float(), atol=1e-5, rtol=1e-5)
+    assert (layer.packed is not None) == torch.backends.mkldnn.is_available()
+    assert list(layer.state_dict()) == ["weight"]
+
+
+@torch.no_grad()
 def test_caches_hold_what_a_full_forward_would():
     """After some cycles: the target's cache, the head's cache and the pending features, position by position."""
     target, head = tiny_models(seed=2, spread=0.2)

@@ -1,1 +1,1 @@
-"""Released models: their weights, heads, tokenizers and chat templates, and a target over several GPUs."""
+"""Released models: their weights, heads, tokenizers and chat templates."""

@@ -21,8 +21,7 @@ from gto.verify import Sampling
 
 MARK = "\ue000"                     # a character nobody uses, where a message's text would stand
 KNOWN = {"</s>": "vicuna.jinja", "<|start_header_id|>": "llama3.jinja"}   # for models that bring none, by a token
-QUESTION = 64                       # tokens of one that a target writes, at most
-LONG_ENOUGH = 8                     # characters of it: a lone word, or a greeting, makes every answer the same
+QUESTION, LONG_ENOUGH = 64, 8       # tokens of one, at most; characters, at least: lone words all get the same answer
 
 
 class Chat(NamedTuple):

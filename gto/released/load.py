@@ -33,7 +33,7 @@ def load_target(path, device="cpu", dtype=torch.float32):
 
 
 def load_head(path, target, dtype=None):
-    """A draft head for this target, on its device and (dtype None) of its type, from an EAGLE-3 folder."""
+    """A frozen draft head for this target, on its device and (dtype None) of its type, from an EAGLE-3 folder."""
     path, like = Path(path), target.norm.weight
     numbers, tensors = read_json(path / "config.json"), map_files(path)
     with reading(f"the EAGLE-3 head {path}"):
@@ -45,7 +45,7 @@ def load_head(path, target, dtype=None):
             head = DraftHead(config.check_fits(target), target)
     fill(head, EAGLE, tensors, path, like.device, dtype or like.dtype)
     head.token_ids = ids.to(like.device)
-    return head.eval()
+    return head.eval().requires_grad_(False)
 
 
 def fill(model, layout, tensors, path, device, dtype):
