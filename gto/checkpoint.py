@@ -49,7 +49,7 @@ def load_target(path, device="cpu", dtype=None):
 
 
 def load_head(path, target, dtype=None):
-    """A frozen draft head for this target, on its device: a checkpoint *.pt of train.py, or a folder with an EAGLE-3 head."""
+    """A frozen draft head for this target, on its device: a *.pt of train.py, or a folder with an EAGLE-3 head."""
     if Path(path).suffix != ".pt":
         from gto.released import load
         return load.load_head(path, target, dtype)
