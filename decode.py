@@ -21,7 +21,7 @@ from gto.page import tree_text, watch, write_page
 from gto.policy import make_engine
 from gto.tokenizer import StreamDecoder
 from gto.tree import TreeShape
-from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, start
+from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, one_thread_if_small, start
 from gto.verify import Sampling
 
 
@@ -70,6 +70,7 @@ def main():
     start(arguments.device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     out, target, encoding, encode, stop = load_run(arguments)
+    one_thread_if_small(target)
     prompt, head, head_path = encode([arguments.prompt]), None, arguments.head
     if arguments.method != "ar":
         head_path = head_path or (out / f"{arguments.method}.pt" if arguments.method else main_head(out))

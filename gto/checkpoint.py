@@ -12,7 +12,7 @@ from gto.config import Config, check
 from gto.head import DraftHead, HeadConfig
 from gto.model import ModelConfig, Target, cast
 from gto.tokenizer import end_of_text_id, make_encoding, read_own_meta, read_ranks
-from gto.util import UserError, append_log, compute_dtype, one_thread_if_small, rank, reading, wait, write_whole
+from gto.util import UserError, append_log, compute_dtype, rank, reading, wait, write_whole
 
 
 def save(path, **contents):
@@ -89,12 +89,11 @@ def load_encoding(source):
 
 
 def load_run(arguments):
-    """What the flags of decode.py and gto.bench name. -> the folder of the heads; the target; its tokenizer; a function
+    """What the flags of decode.py and the wings name. -> the folder of the heads; the target; its tokenizer; a function
     [text, ...] -> ids of questions and answers in turn, up to the next answer; the tokens that end an answer."""
     out = run_folder(arguments.out_dir, arguments.target)
     path = arguments.target or out / "target.pt"
     target = load_target(path, arguments.device, arguments.dtype)
-    one_thread_if_small(target)
     source = arguments.tokenizer or path
     encoding = load_encoding(source)
     if not arguments.chat:                                        # text follows text

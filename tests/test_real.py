@@ -12,6 +12,7 @@ import torch
 import decode
 import train
 from gto import training
+from gto.bench import ablate
 from gto.checkpoint import load_config, load_encoding
 from gto.config import Config
 from gto.loss import OBJECTIVES, learnt_positions
@@ -217,6 +218,8 @@ def test_without_data_the_target_writes_its_own_conversations(release, file, cap
     run(decode, "--target", file, "--chat", "--prompt", "Who?", "--tree", "3,3,8", "--max-new-tokens", 12, "--compare",
         cwd=release)
     assert "the same tokens" in capsys.readouterr().err and load_config(out).texts == 20
+    ablate.main(["--target", str(release / file), "--chat", "--out-dir", str(out), "--only", "control", "--seeds", "1"])
+    assert "| gto | 1 | 2 |" in capsys.readouterr().out
     if file == "Llama":                                           # interrupted in the second batch's answers
         (out / "chats.jsonl").unlink(), (out / "text.pt").unlink()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):

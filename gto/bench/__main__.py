@@ -13,7 +13,7 @@ from gto.evaluate import overall, speeds
 from gto.page import watch, write_page
 from gto.policy import make_engine
 from gto.tree import TreeShape
-from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, start, table
+from gto.util import FLAGS, UserError, argument_parser, at_least, main_guard, one_thread_if_small, start, table
 from gto.verify import Sampling
 
 
@@ -47,6 +47,7 @@ def summary(mine, ar):
 def benchmark(arguments):
     """-> {"rows": of the table, one by temperature and method}."""
     out, target, encoding, encode, stop = load_run(arguments)
+    one_thread_if_small(target)
     methods = load_methods(arguments, out, target)
     questions = read_prompts(arguments.prompts or out / "prompts.jsonl", arguments.limit or None)
     rows, new_tokens, prompts = [], arguments.max_new_tokens, [encode(turns[:1]) for turns in questions]

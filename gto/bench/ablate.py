@@ -2,13 +2,13 @@
 
     python -m gto.bench.ablate                          the head in out, everything
     python -m gto.bench.ablate --only ceilings          only what there is to gain at most: a minute or two
+    python -m gto.bench.ablate --target smollm2 --chat --only objectives        of a released target
 
 GTO trains for `steps` steps; what drafts no trees as long as that took, or, named NAME-steps, as many steps on the same
 texts. Finished runs are lines of results.jsonl, not run again; table.md shows all. Heads draft along the same texts,
 each at the score temperature best on other prompts. Ceilings are what no training, or no better ranking, exceeds."""
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 
 import torch
@@ -94,22 +94,20 @@ class Ablation:
 
     def __init__(self, arguments):
         start(arguments.device)
-        out = Path(arguments.out_dir)
+        out, self.target, _, encode, stop = checkpoint.load_run(arguments)
         config = checkpoint.load_config(out)
         self.config = config = check(replace(config, tree=str(arguments.tree or config.tree), objectives="gto",
                                              gto_steps=arguments.steps or config.gto_steps))
         self.shape, self.folder = TreeShape.parse(config.tree), out / f"ablate-{config.gto_steps}-{config.tree}"
-        self.target = checkpoint.load_target(out / "target.pt", arguments.device)
         self.head = checkpoint.load_head(out / "draft.pt", self.target)
         self.texts = Texts(*checkpoint.load_texts(out / "text.pt", self.target), [])
         held_out = read_prompts(out / "prompts.jsonl", config.eval_prompts * 3 // 2)
-        encoding = checkpoint.load_encoding(out)
         checkpoint.remember_config(self.folder, config)           # from here on nothing can be wrong
-        prompts = [encoding.encode_ordinary(turns[0])[:PROMPT] for turns in held_out]
+        prompts = [encode(turns[:1])[:None if arguments.chat else PROMPT] for turns in held_out]
         others, prompts = prompts[::3], [prompt for i, prompt in enumerate(prompts) if i % 3]
-        self.test = {T: fixed_text(self.target, prompts, config.eval_tokens, T, self.shape.depth) for T in SCORE_TEMPS}
-        self.tune = {T: fixed_text(self.target, others, config.eval_tokens // 2, T, self.shape.depth, seed=1)
-                     for T in SCORE_TEMPS}                        # to choose score temperatures on
+        self.test, self.tune = (                                  # the second: to choose score temperatures on
+            {T: fixed_text(self.target, some, length, T, self.shape.depth, stop, seed) for T in SCORE_TEMPS}
+            for some, length, seed in ((prompts, config.eval_tokens, 0), (others, config.eval_tokens // 2, 1)))
 
     def train(self, name, seed):
         """Continue the phase-I head by a recipe, and record the outcome."""
@@ -176,8 +174,8 @@ def over_control(results, name, T, control="control"):
 
 
 def main(argv=None):
-    parser = argument_parser("python -m gto.bench.ablate", __doc__, "--device")
-    parser.add_argument("--out-dir", default="out", help="what train.py --stage draft left (default: %(default)s)")
+    parser = argument_parser("python -m gto.bench.ablate", __doc__, "--device", "--dtype", "--out-dir", "--target",
+                             "--tokenizer", "--chat")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*TABLES, *RECIPES], default=list(TABLES),
                         help="tables and runs: %(choices)s")
     parser.add_argument("--seeds", type=at_least(1), default=3)

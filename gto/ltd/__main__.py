@@ -14,7 +14,7 @@ from gto.ltd.controllers import tuned
 from gto.ltd.ppo import Learned, learn, save_policy
 from gto.ltd.replay import best_fixed, drive, oracle, record, replay, seconds_by_choice
 from gto.policy import Fixed, Rule, costs_here, measure, policy_path
-from gto.util import FLAGS, argument_parser, main_guard, start, table, write_whole
+from gto.util import FLAGS, argument_parser, main_guard, one_thread_if_small, start, table, write_whole
 
 CHILDREN = 2, 4, 8                        # of a node; those with which the rule is fastest are LTD's
 TEMPERATURES = 0.0, 1.0
@@ -60,6 +60,7 @@ def main():
     arguments = parser.parse_args()
     start(arguments.device)
     out, target, _, encode, _ = load_run(arguments)
+    one_thread_if_small(target)
     prompts, positions, rows = read_prompts(out / "prompts.jsonl"), load_config(out).eval_tokens, []
     prompts, paths = [encode(turns[:1]) for turns in prompts], arguments.head or [main_head(out)]
     for path, head in [(path, load_head(path, target, target.norm.weight.dtype)) for path in paths]:
