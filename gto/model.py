@@ -102,7 +102,7 @@ class Linear(nn.Linear):
         self.packed = None
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.dtype != torch.float32 or self.weight.requires_grad \
+        if x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad or self.weight.requires_grad \
                 or self.weight.numel() <= 2**18 or not torch.backends.mkldnn.is_available():
             return super().forward(x)
         if self.packed is None:
