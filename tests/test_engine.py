@@ -62,6 +62,10 @@ def test_a_large_frozen_weight_is_kept_packed_and_multiplies_the_same(rows):
     torch.testing.assert_close(layer(x), (x.double() @ layer.weight.T.double()).float(), atol=1e-5, rtol=1e-5)
     assert (layer.packed is not None) == torch.backends.mkldnn.is_available()
     assert list(layer.state_dict()) == ["weight"]
+    with torch.enable_grad():
+        x.requires_grad_().retain_grad()
+        layer(x).sum().backward()                                 # a gradient may go through it
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x))
 
 
 @torch.no_grad()
