@@ -89,7 +89,7 @@ PRESETS = {
                         label_temperature=1.0, tree="10,7,60"),
     # For a released chat model of 100 to 200 million parameters, in about an hour on two cores.
     "chat": Config(texts=640, head_ffn_dim=0, draft_vocab_size=4096, head_steps=350, head_batch=8, head_lr=3e-3,
-                   head_muon_lr=0.08, gto_steps=20, gto_batch=2, seeds=1, eval_tokens=64),
+                   head_muon_lr=0.08, gto_steps=60, gto_batch=2, seeds=1, eval_tokens=64),
     # For a released target (train.py --target): the paper's numbers, its AdamW included. Phase I as EAGLE-3's.
     "real": Config(length=2048, head_ffn_dim=0, draft_vocab_size=32000, unroll=6, head_steps=60_000, head_batch=1,
                    head_lr=5e-5, head_muon_lr=0.0, label_temperature=1.0, gto_steps=60_000, gto_batch=1, gto_rate=0.1,
